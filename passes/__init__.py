@@ -1,0 +1,1 @@
+"""Graph passes over Relax modules, one per file, named by what they do."""

@@ -1,0 +1,1 @@
+"""The ``tvmc`` command line, one file per subcommand."""

@@ -1,0 +1,1 @@
+"""Measures of quality: distortion, perplexity and KL."""

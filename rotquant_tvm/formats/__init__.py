@@ -1,0 +1,1 @@
+"""KV formats: rotations, codebooks, gains, packing; the NumPy reference."""

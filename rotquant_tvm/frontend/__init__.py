@@ -1,0 +1,1 @@
+"""Importers: model sources to a Relax module whose attention is kept whole."""

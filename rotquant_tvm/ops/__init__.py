@@ -1,0 +1,1 @@
+"""TensorIR definitions of the KV-cache operators, generic in the format."""

@@ -1,0 +1,1 @@
+"""Sessions over a compiled library: no torch and no compiler needed."""

@@ -1,0 +1,1 @@
+"""MetaSchedule driver, log store and device identity."""

@@ -1,0 +1,1 @@
+"""MetaSchedule records, one folder per GPU, with a manifest each."""
