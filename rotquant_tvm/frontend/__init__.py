@@ -1,1 +1,62 @@
 """Importers: model sources to a Relax module whose attention is kept whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rotquant_tvm.errors import ModelError, UsageError
+from rotquant_tvm.frontend.imported_model import ImportedModel, TokenizerData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["ImportedModel", "TokenizerData", "from_torch", "import_model"]
+
+DTYPES = ("float32", "float16")
+
+
+def import_model(
+    source: str | os.PathLike[str] | PreTrainedModel, *, dtype: str = "float32"
+) -> ImportedModel:
+    """Import a decoder model: a transformers model object, its directory, or a .gguf file.
+
+    ``dtype`` ("float32" or "float16") is that of the weights and the cache of a file; a model object keeps its
+    own. Raises UsageError for another dtype, ModelError for a source that cannot be imported or whose optional
+    dependencies are missing.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if not isinstance(source, (str, os.PathLike)):
+        return from_torch(source)
+    _require_torch()
+    import torch
+
+    from rotquant_tvm.frontend.hf import load
+    from rotquant_tvm.frontend.torch_import import import_torch_model
+
+    loaded = load(Path(source), getattr(torch, dtype))
+    return import_torch_model(loaded.model, loaded.tokenizer)
+
+
+def from_torch(model: PreTrainedModel) -> ImportedModel:
+    """Import a transformers causal LM from memory, in its own dtype; the tokenizer is None.
+
+    The model is left as it was, and its weights are shared. Raises ModelError if it cannot be imported.
+    """
+    _require_torch()
+    from rotquant_tvm.frontend.torch_import import import_torch_model
+
+    return import_torch_model(model, None)
+
+
+def _require_torch() -> None:
+    """Check that torch and transformers can be imported."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            f"importing a PyTorch model needs the package {error.name!r}: pip install 'rotquant-tvm[torch]'"
+        ) from error

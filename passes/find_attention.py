@@ -1,0 +1,193 @@
+"""FindAttention: every attention of a function, by structure, with its K and V producers and cache tensors.
+
+An attention site is one ``nn.attention*`` call; its key and value operands are followed back through layout changes
+to a concatenation of a parameter (the past) with new tokens along the sequence axis. Whatever comes near that without
+matching is recorded with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import tvm
+from tvm import relax
+
+ATTENTION_OPS = ("relax.nn.attention", "relax.nn.attention_bias")
+# A key or value reaches attention through these without changing which token it belongs to.
+LAYOUT_OPS = ("relax.permute_dims", "relax.reshape", "relax.astype", "relax.broadcast_to", "relax.repeat")
+SITES_ATTR = "rotquant.attention_sites"
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """The past of one K or V: parameter ``past``, ``new`` tokens and their concatenation ``present`` [b, h, s, d]."""
+
+    past: relax.Var
+    new: relax.Expr
+    present: relax.Var
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention: ``output`` is the variable bound to ``call``; ``key`` and ``value`` are None without a cache.
+
+    ``reason`` is empty if the site can be rewritten, else it says why not.
+    """
+
+    index: int
+    output: relax.Var
+    call: relax.Call
+    key: CacheTensor | None
+    value: CacheTensor | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    reason: str
+
+    @property
+    def mask(self) -> str:
+        """``causal``, ``window`` or ``operand``."""
+        if len(self.call.args) > 3:
+            return "operand"
+        return "window" if self.window else ("causal" if self.call.attrs.causal_mask else "none")
+
+    def describe(self) -> dict[str, Any]:
+        """The site as plain data."""
+        return {
+            "index": self.index,
+            "variable": self.output.name_hint,
+            "operator": self.call.op.name,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "scale": self.scale,
+            "mask": self.mask,
+            "window": self.window,
+            "cached": self.key is not None,
+            "verdict": "keep" if self.reason else "quantize",
+            "reason": self.reason,
+        }
+
+
+def dataflow_graph(func: relax.Function) -> nx.DiGraph:
+    """The function's bindings as a graph: nodes are variables (data ``value``), edges go from used to user."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(func.params, value=None)
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            graph.add_node(binding.var, value=binding.value)
+            for used in relax.analysis.all_vars(binding.value):
+                graph.add_edge(used, binding.var)
+    return graph
+
+
+def find_attention(func: relax.Function) -> list[AttentionSite]:
+    """All attention sites of a function, in the order in which they are computed."""
+    graph = dataflow_graph(func)
+    sites: list[AttentionSite] = []
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Call) and getattr(value.op, "name", "") in ATTENTION_OPS:
+                sites.append(_site(graph, func, len(sites), binding.var, value))
+    return sites
+
+
+def _site(
+    graph: nx.DiGraph, func: relax.Function, index: int, output: relax.Var, call: relax.Call
+) -> AttentionSite:
+    query, key, value = call.args[:3]
+    heads, head_dim = (int(query.ty.shape[axis]) for axis in (2, 3))
+    kv_heads = int(key.ty.shape[2])
+    scale = call.attrs.scale
+    window = call.attrs.window_size
+    key_cache, key_reason = _cache_tensor(graph, func, key, "key")
+    value_cache, value_reason = _cache_tensor(graph, func, value, "value")
+    reason = key_reason or value_reason
+    if call.op.name != "relax.nn.attention":
+        reason = reason or "its mask is an operand that is not proven to be causal"
+    elif call.attrs.causal_mask != "BottomRight":
+        reason = reason or "it is not causal"
+    elif heads % kv_heads:
+        reason = reason or f"{heads} query heads are no multiple of {kv_heads} key heads"
+    return AttentionSite(
+        index,
+        output,
+        call,
+        key_cache,
+        value_cache,
+        heads,
+        kv_heads,
+        head_dim,
+        float(scale) if scale is not None else head_dim**-0.5,
+        int(window) if window is not None else None,
+        reason,
+    )
+
+
+def _cache_tensor(
+    graph: nx.DiGraph, func: relax.Function, operand: relax.Expr, role: str
+) -> tuple[CacheTensor | None, str]:
+    """Follow a key or value operand back to ``concat(past parameter, new)``; (None, reason) if there is none."""
+    crossed: list[str] = []
+    var = operand
+    while isinstance(var, relax.Var):
+        value = graph.nodes[var]["value"]
+        name = getattr(value.op, "name", "") if isinstance(value, relax.Call) else ""
+        if name == "relax.concat":
+            return _from_concat(graph, func, var, value, role, crossed)
+        if isinstance(value, relax.Var):
+            var = value
+        elif name in LAYOUT_OPS:
+            crossed.append(name.removeprefix("relax."))
+            var = value.args[0]
+        else:
+            found = name.removeprefix("relax.") or ("a parameter" if value is None else type(value).__name__)
+            return None, f"its {role} has no cache: it comes from {found}, not from a past joined with new tokens"
+    return None, f"its {role} is a constant"
+
+
+def _from_concat(
+    graph: nx.DiGraph, func: relax.Function, present: relax.Var, call: relax.Call, role: str, crossed: list[str]
+) -> tuple[CacheTensor | None, str]:
+    parts = list(call.args[0])
+    if len(parts) != 2 or not any(parts[0].same_as(p) for p in func.params):
+        return None, f"its {role} is concatenated, but not as (past parameter, new tokens)"
+    rank = present.ty.ndim
+    axis = int(call.attrs.axis) % rank if call.attrs.axis is not None else -1
+    if rank != 4 or axis != 2:
+        return None, f"its {role} cache is joined along axis {axis} of a rank {rank} tensor, not along [b, h, *s*, d]"
+    tensor = CacheTensor(parts[0], parts[1], present)
+    others = [v for v in graph.successors(present) if not _is_layout_or_output(graph, v)]
+    if others:
+        name = graph.nodes[others[0]]["value"]
+        return tensor, f"its {role} cache has another reader: {getattr(name.op, 'name', name)}"
+    if any(op in ("broadcast_to", "repeat") for op in crossed):
+        return tensor, f"its {role} heads are repeated before attention"
+    return tensor, ""
+
+
+def _is_layout_or_output(graph: nx.DiGraph, var: relax.Var) -> bool:
+    value = graph.nodes[var]["value"]
+    if isinstance(value, relax.Call):
+        return getattr(value.op, "name", "") in LAYOUT_OPS + ATTENTION_OPS
+    return isinstance(value, relax.Var | relax.Tuple)
+
+
+@tvm.transform.module_pass(opt_level=0, name="FindAttention")
+class FindAttention:
+    """Record the attention sites of every Relax function as its attribute ``rotquant.attention_sites`` (JSON)."""
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        """Annotate ``mod``; the code is unchanged."""
+        result = tvm.IRModule(mod.functions, attrs=mod.attrs)
+        for gvar, func in mod.functions_items():
+            if isinstance(func, relax.Function):
+                sites = [site.describe() for site in find_attention(func)]
+                result[gvar] = func.with_attr(SITES_ATTR, json.dumps(sites))
+        return result

@@ -1,0 +1,1 @@
+"""The rotation families, one file each; every module here declares its ``FAMILY``."""

@@ -1,0 +1,149 @@
+"""A transformers causal LM as one step with explicit past and present, and its export to a torch graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from rotquant_tvm.errors import ModelError, RotQuantError
+from rotquant_tvm.frontend.attention_op import NAME, AttentionCall, Trace, select_token, tracing
+from rotquant_tvm.frontend.growing_cache import GrowingCache
+from rotquant_tvm.frontend.quiet import first_line, quiet
+
+
+class DecoderStep(torch.nn.Module):
+    """One step of ``model``: new tokens and the past in, logits and presents out.
+
+    After a run ``trace.calls`` lists the attentions of the model in their order.
+    """
+
+    def __init__(self, model: torch.nn.Module, check_masks: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.trace = Trace(model.config.model_type, check_masks)  # an object, since export restores attributes
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, past: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Run ids and positions int32 [batch, seq], last int32 [batch], past {"k_0", "v_0", "k_1", …}.
+
+        Returns (logits float32 [batch, vocab], present_k_0, present_v_0, …).
+        """
+        tensors = list(past.values())
+        cache = GrowingCache(list(zip(tensors[::2], tensors[1::2], strict=True)), self.trace.model_type)
+        with tracing(self.trace, cache), _logits_only_at(self.model, last):
+            output = self.model(
+                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
+            )
+        presents = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        return (output.logits[:, 0].float(), *presents)
+
+
+@contextmanager
+def _logits_only_at(model: torch.nn.Module, last: torch.Tensor) -> Iterator[None]:
+    """Reduce the input of the output embedding to the token ``last`` of each row."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output embedding; give a causal language model")
+
+    def select(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (select_token(inputs[0], last).unsqueeze(1), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def rotquant_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Give ``model`` our attention, in eval mode and without gradients; restore it afterwards.
+
+    Experts, if it has any, are computed by gathering each token's weights: the one form of transformers whose
+    graph does not depend on where the tokens go.
+    """
+    attention, experts, training = (
+        model.config._attn_implementation,
+        getattr(model.config, "_experts_implementation", None),
+        model.training,
+    )
+    with quiet():
+        model.set_attn_implementation(NAME)
+        if experts is not None:
+            model.set_experts_implementation("batched_mm")
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        with quiet():
+            model.set_attn_implementation(attention or "eager")
+            if experts is not None:
+                model.set_experts_implementation(experts)
+
+
+def probe_attention(model: torch.nn.Module) -> list[AttentionCall]:
+    """Run ``model`` on two tokens and list its attentions, one per cache layer.
+
+    Raises ModelError for a mask other than causal or causal with a window, for anything else that the canonical
+    form cannot hold, and for a model without attention. The model must be inside :func:`rotquant_attention`.
+    """
+    step = DecoderStep(model, check_masks=True)
+    ids = torch.zeros((1, 2), dtype=torch.int32, device=model.device)
+    positions = torch.arange(2, dtype=torch.int32, device=model.device)[None]
+    model_type = model.config.model_type
+    try:
+        logits, *presents = step(ids, positions, positions[:, 1], {})
+    except RotQuantError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{model_type!r} does not run as a causal decoder: {first_line(error)}") from error
+    calls = sorted(step.trace.calls, key=lambda call: call.layer)
+    if not calls:
+        raise ModelError(
+            f"{model_type!r} has no attention, or computes it outside of transformers' attention interface; "
+            "it is not supported"
+        )
+    if [call.layer for call in calls] != list(range(len(presents) // 2)):
+        raise ModelError(f"{model_type!r} has cache layers that no attention reads; it is not supported")
+    if logits.shape != (1, model.config.get_text_config().vocab_size):
+        raise ModelError(f"{model_type!r} returns logits of shape {tuple(logits.shape)} for one token")
+    return calls
+
+
+def export_step(model: torch.nn.Module, calls: list[AttentionCall]) -> ExportedProgram:
+    """Export one step of ``model`` with dynamic batch, seq and past. Raises ModelError if torch cannot."""
+    batch, seq, past = Dim("batch"), Dim("seq"), Dim("past")
+    b, s, p = 2, 3, 5
+    device = model.device
+    ids = torch.zeros((b, s), dtype=torch.int32, device=device)
+    positions = torch.zeros_like(ids)  # its own tensor: export merges inputs that are one object
+    last = torch.zeros(b, dtype=torch.int32, device=device)
+    pasts: dict[str, torch.Tensor] = {}
+    for index, call in enumerate(calls):
+        shape = (b, call.kv_heads, p, call.head_dim)
+        pasts[f"k_{index}"] = torch.zeros(shape, dtype=model.dtype, device=device)
+        pasts[f"v_{index}"] = torch.zeros(shape, dtype=model.dtype, device=device)
+    shapes: dict[str, Any] = {
+        "ids": {0: batch, 1: seq},
+        "positions": {0: batch, 1: seq},
+        "last": {0: batch},
+        "past": dict.fromkeys(pasts, {0: batch, 2: past}),
+    }
+    step = DecoderStep(model)
+    try:
+        with quiet():
+            program = torch.export.export(step, (ids, positions, last, pasts), dynamic_shapes=shapes, strict=False)
+    except RotQuantError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{model.config.model_type!r} cannot be exported: {first_line(error)}") from error
+    if sorted(step.trace.calls, key=lambda call: call.layer) != calls:
+        raise ModelError(f"{model.config.model_type!r} changes its attention with the length of the past")
+    return program

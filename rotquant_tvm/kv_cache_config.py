@@ -1,0 +1,71 @@
+"""The cache configuration: which K and V format each layer uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import UsageError
+from .formats import Codec, KVFormat, parse_pair
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """The K and V format of one layer."""
+
+    k: KVFormat
+    v: KVFormat
+
+    @classmethod
+    def parse(cls, text: str) -> LayerFormats:
+        """Read ``K/V`` or one format for both; raises ``FormatError``."""
+        return cls(*parse_pair(text))
+
+    @property
+    def name(self) -> str:
+        """The shortest spelling."""
+        return self.k.name if self.k == self.v else f"{self.k.name}/{self.v.name}"
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """What ``QuantizeKVCache`` stores: the formats, and ``overrides`` by layer index.
+
+    ``seed`` draws the rotations; layer i's keys and values get their own.
+    """
+
+    formats: LayerFormats
+    overrides: dict[int, LayerFormats] = field(default_factory=dict)
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str, layers: str | None = None, seed: int = 0) -> KVCacheConfig:
+        """Read ``--kv-cache`` and ``--kv-layers`` texts: ``"rq3"``, ``"iso3/planar3"`` and ``"0,-1=f16;5=iso4"``.
+
+        Negative layers count from the end. Raises ``FormatError`` or ``UsageError``.
+        """
+        overrides: dict[int, LayerFormats] = {}
+        for part in filter(None, (p.strip() for p in (layers or "").split(";"))):
+            indices, sign, name = part.partition("=")
+            try:
+                numbers = [int(i) for i in indices.split(",")]
+            except ValueError:
+                numbers = []
+            if not sign or not numbers:
+                raise UsageError(f"cannot read the layer overrides '{part}'; write them like '0,-1=f16;5=iso4'")
+            overrides.update(dict.fromkeys(numbers, LayerFormats.parse(name.strip())))
+        return cls(LayerFormats.parse(text), overrides, seed)
+
+    def layer(self, index: int, count: int) -> LayerFormats:
+        """The formats of layer ``index`` of ``count``."""
+        for key in self.overrides:
+            if not -count <= key < count:
+                raise UsageError(f"layer override {key}: the model has layers 0 to {count - 1}")
+        return self.overrides.get(index, self.overrides.get(index - count, self.formats))
+
+    def codecs(self, index: int, count: int, head_dim: int) -> tuple[Codec, Codec]:
+        """The K and V codec of a layer; raises ``FormatError`` if a format cannot take ``head_dim``."""
+        formats = self.layer(index, count)
+        return (
+            formats.k.codec(head_dim, seed=(self.seed, index, 0)),
+            formats.v.codec(head_dim, seed=(self.seed, index, 1)),
+        )

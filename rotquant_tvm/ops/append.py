@@ -1,0 +1,122 @@
+"""Append: rotate, quantize and pack new keys and values into the tiles of a cache, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+import tvm.tirx as tir
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from ..formats import Codec, TileLayout
+from .axes import Axes
+from .tile_access import CodeSection, code_section, gain_position, u32
+from .tile_pack import PERIOD, Piece, half_word_pieces, tail_pieces, updated_word, word_pieces
+from .vector_code import EncodeBuffers, emit_encode, rotation_size
+
+Expr = Any
+
+
+def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
+    """Build ``append(cache, k, v, rotation_k, rotation_v, lengths, new_lengths)``; ``cache`` is updated in place.
+
+    Shapes: cache uint32 [batch, kv_heads, tiles, tile_bytes/4]; k, v ``dtype`` [batch, kv_heads, seq, head_dim], raw;
+    rotations float32 (``Rotation.data``); lengths int32 [batch], *after* the append; new_lengths int32 [batch], how
+    many of the ``seq`` tokens are real. Tokens past the capacity are dropped (sessions refuse them before).
+    """
+    head_dim = codec_k.head_dim
+    layout = TileLayout(codec_k.format, codec_v.format, head_dim)
+    batch, seq, tiles = (tir.Var(name, "int64") for name in ("batch", "seq", "tiles"))
+    rotation_sizes = [rotation_size(c.rotation.structure, head_dim) for c in (codec_k, codec_v)]
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("append")
+        T.func_attr({"rotquant.op": "append", "tirx.noalias": True})
+        cache = T.arg("cache", T.buffer((batch, kv_heads, tiles, layout.tile_bytes // 4), "uint32"))
+        source = [T.arg(n, T.buffer((batch, kv_heads, seq, head_dim), dtype)) for n in ("k", "v")]
+        rotations = [T.arg(f"rotation_{n}", T.buffer((s,), "float32")) for n, s in zip("kv", rotation_sizes, strict=True)]
+        lengths = T.arg("lengths", T.buffer((batch,), "int32"))
+        new_lengths = T.arg("new_lengths", T.buffer((batch,), "int32"))
+        touched = (seq + 62) // 32
+        with axes.blocks(batch * kv_heads * touched) as block, T.sblock("append"):
+            piece = T.axis.spatial(batch * kv_heads * touched, block)
+            T.reads(cache[0:batch, 0:kv_heads, 0:tiles, 0 : layout.tile_bytes // 4], source[0][0:batch, 0:kv_heads, 0:seq, 0:head_dim])
+            T.writes(cache[0:batch, 0:kv_heads, 0:tiles, 0 : layout.tile_bytes // 4])
+            b = T.Bind(piece // (kv_heads * touched))
+            head = T.Bind(piece // touched % kv_heads)
+            start = T.Bind((lengths[b] - new_lengths[b]).astype("int64"))
+            tile = T.Bind(start // 32 + piece % touched)
+            first = T.Bind(tir.max(start - tile * 32, tir.const(0, "int64")))
+            last = T.Bind(tir.min(lengths[b].astype("int64") - tile * 32, tir.const(32, "int64")))
+            buffers = EncodeBuffers(axes, head_dim)
+            codes = T.sblock_alloc_buffer((32 * head_dim,), "uint16", scope=axes.scratch)
+            with T.If(tir.all(first < last, tile < tiles)), T.Then():
+                for role, codec, x, rotation in zip("kv", (codec_k, codec_v), source, rotations, strict=True):
+                    target = _TileWriter(cache, (b, head, tile), layout, role)
+                    with T.serial(0, last - first) as n:
+                        token = first + n
+                        emit_encode(
+                            axes,
+                            codec,
+                            rotation,
+                            lambda dim, x=x, token=token: x[b, head, tile * 32 + token - start, dim],
+                            lambda dim, code, token=token: T.buffer_store(
+                                codes, code.astype("uint16"), [token * head_dim + dim]
+                            ),
+                            lambda row, gain, target=target, token=token: target.store_gain(token, row, gain),
+                            buffers,
+                        )
+                    target.pack(axes, codes, first, last)
+    return builder.get()
+
+
+class _TileWriter:
+    """Emits the writes of one role's codes and gains into one tile."""
+
+    def __init__(self, cache: Any, tile: tuple[Expr, Expr, Expr], layout: TileLayout, role: str) -> None:
+        self.cache, self.tile, self.layout = cache, tile, layout
+        self.section: CodeSection = code_section(layout, role)
+        self.first_gain = layout.sections[f"{role}_gains"].offset // 2
+
+    def store_gain(self, token: Expr, row: Expr, gain: Expr) -> None:
+        half = self.first_gain + row * 32 + gain_position(token)
+        shift = (half % 2 * 16).astype("uint32")
+        index = [*self.tile, half // 2]
+        bits = tir.reinterpret("uint16", gain).astype("uint32") << shift
+        T.buffer_store(self.cache, self.cache[tuple(index)] & ~(u32(0xFFFF) << shift) | bits, index)
+
+    def pack(self, axes: Axes, codes: Any, first: Expr, last: Expr) -> None:
+        section, head_dim = self.section, self.section.head_dim
+
+        def code(token: Expr, dim: Expr) -> Expr:
+            return codes[token * head_dim + dim].astype("uint32")
+
+        def written(token: Expr) -> Expr:
+            return tir.all(token >= first, token < last)
+
+        def update(lane: Expr, word: Expr, pieces: list[Piece], first_group: Expr) -> None:
+            index = [*self.tile, section.word_index(word, lane)]
+            old = self.cache[tuple(index)]
+            T.buffer_store(
+                self.cache, updated_word(section, pieces, first_group, lane, old, code, written), index
+            )
+
+        words, groups = PERIOD[section.bits]
+        periods = section.words // words
+        with axes.lanes(32 * periods) as index:
+            lane, period = index % 32, index // 32
+            for word in range(words):
+                update(lane, period * words + word, word_pieces(section.bits, word), period * groups)
+        pieces = half_word_pieces(section)
+        if not pieces:
+            return
+        if section.bits == 3:
+            with axes.lanes(32) as lane:
+                update(lane, section.words - 1, tail_pieces(2, 2), periods * groups)
+        with axes.lanes(16) as pair:
+            index = [*self.tile, section.half_word_index(pair * 2)[0]]
+            word = self.cache[tuple(index)]
+            for odd in range(2):
+                lane = pair * 2 + odd
+                word = updated_word(section, pieces, periods * groups, lane, word, code, written, shift=16 * odd)
+            T.buffer_store(self.cache, word, index)

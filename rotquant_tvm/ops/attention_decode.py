@@ -1,0 +1,127 @@
+"""Decode attention: one query token per sequence against the packed cache, in splits merged by log-sum-exp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+import tvm.tirx as tir
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from ..formats import Codec, TileLayout
+from .axes import Axes
+from .dequantize import TileReader
+from .online_softmax import MASKED, OnlineSoftmax
+from .vector_code import f32
+
+Expr = Any
+
+
+def attention_decode(
+    codec_k: Codec,
+    codec_v: Codec,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    dtype: str,
+    axes: Axes,
+    *,
+    splits: int = 1,
+    window: int | None = None,
+) -> tvm.tirx.PrimFunc:
+    """Build ``attention_decode(q, cache, lengths, out)``.
+
+    Shapes: q ``dtype`` [batch, 1, heads, head_dim], in the keys' rotated basis; cache uint32
+    [batch, kv_heads, tiles, tile_bytes/4] with the new token already appended; lengths int32 [batch]; out ``dtype``
+    [batch, 1, heads, head_dim], in the values' rotated basis (zero for a sequence of length 0).
+    ``heads`` is a multiple of ``kv_heads`` (grouped queries). ``window`` keeps the last so many tokens only.
+    """
+    head_dim, group = codec_k.head_dim, heads // kv_heads
+    layout = TileLayout(codec_k.format, codec_v.format, head_dim)
+    batch, tiles = tir.Var("batch", "int64"), tir.Var("tiles", "int64")
+    words = layout.tile_bytes // 4
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("attention_decode")
+        T.func_attr({"rotquant.op": "attention_decode", "tirx.noalias": True})
+        q = T.arg("q", T.buffer((batch, 1, heads, head_dim), dtype))
+        cache = T.arg("cache", T.buffer((batch, kv_heads, tiles, words), "uint32"))
+        lengths = T.arg("lengths", T.buffer((batch,), "int32"))
+        out = T.arg("out", T.buffer((batch, 1, heads, head_dim), dtype))
+        partial = T.sblock_alloc_buffer((batch, kv_heads, splits, group, head_dim), "float32")
+        sums = T.sblock_alloc_buffer((batch, kv_heads, splits, group, 2), "float32")
+        with axes.blocks(batch * (kv_heads * splits)) as block, T.sblock("split"):
+            piece = T.axis.spatial(batch * (kv_heads * splits), block)
+            T.reads(q[0:batch, 0, 0:heads, 0:head_dim], cache[0:batch, 0:kv_heads, 0:tiles, 0:words], lengths[0:batch])
+            T.writes(
+                partial[0:batch, 0:kv_heads, 0:splits, 0:group, 0:head_dim],
+                sums[0:batch, 0:kv_heads, 0:splits, 0:group, 0:2],
+            )
+            b, head, split = piece // (kv_heads * splits), piece // splits % kv_heads, piece % splits
+            state = OnlineSoftmax(axes, group, head_dim)
+            state.start(lambda row, dim: f32(q[b, 0, head * group + row, dim]), scale)
+            _stream(state, cache, lengths[b], (b, head, split), (codec_k, codec_v), layout, splits, window)
+            with axes.lanes(group * head_dim) as i:
+                T.buffer_store(partial, state.output[i], [b, head, split, i // head_dim, i % head_dim])
+            with axes.lanes(group) as row:
+                T.buffer_store(sums, state.peak[row], [b, head, split, row, 0])
+                T.buffer_store(sums, state.total[row], [b, head, split, row, 1])
+        _merge(axes, partial, sums, out, (batch, kv_heads, splits, group, head_dim), dtype)
+    return builder.get()
+
+
+def _stream(
+    state: OnlineSoftmax,
+    cache: Any,
+    length: Expr,
+    where: tuple[Expr, Expr, Expr],
+    codecs: tuple[Codec, Codec],
+    layout: TileLayout,
+    splits: int,
+    window: int | None,
+) -> None:
+    """Feed one split's share of the tiles of a sequence to the online softmax."""
+    b, head, split = where
+    first = tir.max(length - window, tir.const(0, "int32")) if window else tir.const(0, "int32")
+    begin = T.Bind(first // 32)
+    share = T.Bind(((length + 31) // 32 - begin + (splits - 1)) // splits)
+    keys, values = (TileReader(cache, c, layout, role) for c, role in zip(codecs, "kv", strict=True))
+    with T.serial(0, share) as step:
+        tile = begin + split.astype("int32") * share + step
+        with T.If(tile * 32 < length), T.Then():
+            at = (b, head, tile)
+            state.tile(
+                lambda token, dim: keys.value(at, token, dim),
+                lambda token, dim: values.value(at, token, dim),
+                lambda token: tir.all(tile * 32 + token < length, tile * 32 + token >= first),
+            )
+
+
+def _merge(axes: Axes, partial: Any, sums: Any, out: Any, shape: tuple[Any, ...], dtype: str) -> None:
+    """Merge the splits' partial outputs by their log-sum-exp."""
+    batch, kv_heads, splits, group, head_dim = shape
+    with axes.blocks(batch * (kv_heads * group)) as block, T.sblock("merge"):
+        piece = T.axis.spatial(batch * (kv_heads * group), block)
+        T.reads(
+            partial[0:batch, 0:kv_heads, 0:splits, 0:group, 0:head_dim],
+            sums[0:batch, 0:kv_heads, 0:splits, 0:group, 0:2],
+        )
+        T.writes(out[0:batch, 0, 0 : kv_heads * group, 0:head_dim])
+        b, head, row = piece // (kv_heads * group), piece // group % kv_heads, piece % group
+        weight = T.sblock_alloc_buffer((splits,), "float32", scope=axes.scratch)
+        with axes.lanes(1) as _:
+            peak, total = f32(MASKED), f32(0)
+            for split in range(splits):
+                peak = tir.max(peak, sums[b, head, split, row, 0])
+            peak = T.Bind(peak)
+            for split in range(splits):
+                total = total + tir.exp2(sums[b, head, split, row, 0] - peak) * sums[b, head, split, row, 1]
+            total = T.Bind(total)
+            for split in range(splits):
+                share = tir.exp2(sums[b, head, split, row, 0] - peak) / tir.Select(total > f32(0), total, f32(1))
+                T.buffer_store(weight, share, [split])
+        with axes.lanes(head_dim) as dim:
+            merged = f32(0)
+            for split in range(splits):
+                merged = merged + weight[split] * partial[b, head, split, row, dim]
+            T.buffer_store(out, merged.astype(dtype), [b, 0, head * group + row, dim])

@@ -1,0 +1,221 @@
+"""The arithmetic of one vector, emitted into a TensorIR definition: rotate, quantize, look a code up.
+
+Mathematics and special cases are those of ``rotquant_tvm.formats`` (the NumPy reference); all of it in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm.tirx as tir
+from tvm.tirx.script.builder import ir as T
+
+from ..formats import Codec, KVFormat
+from .axes import Axes
+from .tile_access import u32
+
+Expr = Any
+FP16_MAX = 65504.0
+Structure = Sequence[tuple[int, int]]
+
+
+def f32(value: Expr) -> Expr:
+    """Cast to float32 (a Python number becomes an immediate)."""
+    return tir.const(value, "float32") if isinstance(value, (int, float)) else value.astype("float32")
+
+
+def sanitize(value: Expr) -> Expr:
+    """NaN becomes 0; everything else is clipped to the finite float16 range."""
+    x = f32(value)
+    clipped = tir.max(tir.min(x, f32(FP16_MAX)), f32(-FP16_MAX))
+    return tir.Select(tir.isnan(x), f32(0), clipped)
+
+
+def rotation_size(structure: Structure, head_dim: int) -> int:
+    """Coefficients that a rotation of this structure takes; at least 1, so that its buffer is never empty."""
+    return max(1, sum(block for block, _ in structure) * head_dim)
+
+
+def _block_base(index: Expr, block: int, stride: int, head_dim: int) -> Expr:
+    if stride == 1:
+        base = index // block * block
+        return base if head_dim % block == 0 else tir.min(base, head_dim - block)
+    return index - index // stride % block * stride
+
+
+def emit_rotation(
+    axes: Axes, structure: Structure, head_dim: int, coefficients: Any, source: Any, scratch: Any
+) -> Any:
+    """Apply the layers of a rotation to ``source`` [head_dim]; returns the buffer that holds the result.
+
+    ``source`` and ``scratch`` (float32 [head_dim]) are overwritten alternately; ``coefficients`` is
+    ``Rotation.data``.
+    """
+    offset = 0
+    for block, stride in structure:
+        with axes.lanes(head_dim) as index:
+            base = _block_base(index, block, stride, head_dim)
+            row = offset + index * block
+            if block <= 4:
+                total = f32(0)
+                for j in range(block):
+                    total = total + coefficients[row + j] * source[base + j * stride]
+                T.buffer_store(scratch, total, [index])
+            else:
+                T.buffer_store(scratch, f32(0), [index])
+                with T.serial(0, block) as j:
+                    T.buffer_store(
+                        scratch, scratch[index] + coefficients[row + j] * source[base + j * stride], [index]
+                    )
+        offset += block * head_dim
+        source, scratch = scratch, source
+    return source
+
+
+def _tree(code: Expr, values: Sequence[float], bit: int) -> Expr:
+    if len(values) == 1:
+        return f32(float(values[0]))
+    half = len(values) // 2
+    test = (code >> u32(bit) & u32(1)) == u32(0)
+    return tir.Select(test, _tree(code, values[:half], bit - 1), _tree(code, values[half:], bit - 1))
+
+
+def code_value(codec: Codec, code: Expr) -> Expr:
+    """The float32 value of a uint32 code, before the gain (a select tree: no table in memory)."""
+    kind = codec.format.codebook
+    if kind == "half":
+        return tir.reinterpret("float16", code.astype("uint16")).astype("float32")
+    if kind == "bfloat16":
+        return tir.reinterpret("float32", code << u32(16))
+    if kind == "linear":
+        return code.astype("uint8").astype("int8").astype("float32")
+    return _tree(code, [float(c) for c in codec.codebook.centroids], codec.format.bits - 1)
+
+
+def gain_row(fmt: KVFormat, dim: Expr) -> Expr:
+    """Which of a vector's gains belongs to a dimension (None if the format stores none)."""
+    if fmt.codebook in ("half", "bfloat16"):
+        return None
+    return dim // 32 if fmt.codebook == "linear" else 0
+
+
+StoreCode = Callable[[Expr, Expr], None]
+StoreGain = Callable[[Expr, Expr], None]
+
+
+def emit_encode(
+    axes: Axes,
+    codec: Codec,
+    coefficients: Any,
+    load: Callable[[Expr], Expr],
+    store_code: StoreCode,
+    store_gain: StoreGain,
+    buffers: EncodeBuffers,
+) -> None:
+    """Quantize one vector: ``load(dim)`` gives its elements, codes and gains go to the two callbacks."""
+    head_dim, x = codec.head_dim, buffers.x
+    with axes.lanes(head_dim) as dim:
+        T.buffer_store(x, sanitize(load(dim)), [dim])
+    kind = codec.format.codebook
+    if kind == "half":
+        with axes.lanes(head_dim) as dim:
+            store_code(dim, tir.reinterpret("uint16", x[dim].astype("float16")).astype("uint32"))
+    elif kind == "bfloat16":
+        with axes.lanes(head_dim) as dim:
+            store_code(dim, _bfloat16_bits(x[dim]))
+    elif kind == "linear":
+        _emit_linear(axes, head_dim, x, store_code, store_gain, buffers.stats)
+    else:
+        _emit_codebook(axes, codec, coefficients, store_code, store_gain, buffers)
+
+
+class EncodeBuffers:
+    """Scratch of ``emit_encode``: two vectors and a few statistics, shared by the lanes of a block."""
+
+    def __init__(self, axes: Axes, head_dim: int) -> None:
+        self.x = T.sblock_alloc_buffer((head_dim,), "float32", scope=axes.scratch)
+        self.y = T.sblock_alloc_buffer((head_dim,), "float32", scope=axes.scratch)
+        self.stats = T.sblock_alloc_buffer((max(4, -(-head_dim // 32)),), "float32", scope=axes.scratch)
+
+
+def _bfloat16_bits(value: Expr) -> Expr:
+    bits = tir.reinterpret("uint32", value)
+    return bits + u32(0x7FFF) + (bits >> u32(16) & u32(1)) >> u32(16)
+
+
+def _emit_linear(
+    axes: Axes, head_dim: int, x: Any, store_code: StoreCode, store_gain: StoreGain, scales: Any
+) -> None:
+    with axes.lanes(-(-head_dim // 32)) as row:
+        T.buffer_store(scales, f32(0), [row])
+        with T.serial(0, 32) as j:
+            value = tir.if_then_else(row * 32 + j < head_dim, tir.abs(x[tir.min(row * 32 + j, head_dim - 1)]), f32(0))
+            T.buffer_store(scales, tir.max(scales[row], value), [row])
+        T.buffer_store(scales, (scales[row] / f32(127)).astype("float16").astype("float32"), [row])
+        store_gain(row, scales[row].astype("float16"))
+    with axes.lanes(head_dim) as dim:
+        scale = scales[dim // 32]
+        ratio = tir.nearbyint(x[dim] / tir.Select(scale > f32(0), scale, f32(1)))
+        code = tir.max(tir.min(ratio, f32(127)), f32(-127))
+        code = tir.Select(scale > f32(0), code, f32(0))
+        store_code(dim, code.astype("int32").astype("uint32") & u32(0xFF))
+
+
+def _emit_codebook(
+    axes: Axes,
+    codec: Codec,
+    coefficients: Any,
+    store_code: StoreCode,
+    store_gain: StoreGain,
+    buffers: EncodeBuffers,
+) -> None:
+    head_dim, stats = codec.head_dim, buffers.stats
+    norm, inner, square = 0, 1, 2
+    with axes.lanes(1) as _:
+        T.buffer_store(stats, f32(0), [norm])
+        with T.serial(0, head_dim) as dim:
+            T.buffer_store(stats, stats[norm] + buffers.x[dim] * buffers.x[dim], [norm])
+        T.buffer_store(stats, tir.sqrt(stats[norm]), [norm])
+    y = emit_rotation(axes, codec.rotation.structure, head_dim, coefficients, buffers.x, buffers.y)
+    with axes.lanes(head_dim) as dim:
+        store_code(dim, boundary_count(codec, y[dim], stats[norm]))
+    with axes.lanes(1) as _:
+        T.buffer_store(stats, f32(0), [inner])
+        T.buffer_store(stats, f32(0), [square])
+        with T.serial(0, head_dim) as dim:
+            value = T.Bind(code_value(codec, boundary_count(codec, y[dim], stats[norm])))
+            T.buffer_store(stats, stats[inner] + value * y[dim], [inner])
+            T.buffer_store(stats, stats[square] + value * value, [square])
+        store_gain(0, corrected_gain(codec.format.gain, stats[norm], stats[inner], stats[square]))
+
+
+def boundary_count(codec: Codec, value: Expr, norm: Expr) -> Expr:
+    """The code of a rotated element: how many of the codebook's boundaries, times the norm, lie below it.
+
+    All-zero vectors get the middle code in every element.
+    """
+    boundaries = [float(b) for b in codec.codebook.boundaries]
+    code = u32(0)
+    for boundary in boundaries:
+        code = code + tir.Select(value > f32(boundary) * norm, u32(1), u32(0))
+    return tir.Select(norm > f32(0), code, u32(len(boundaries) // 2 + 1))
+
+
+def corrected_gain(rule: str, norm: Expr, inner: Expr, square: Expr) -> Expr:
+    """The fp16 gain by rule (METHODS: raw, norm, mse, ip), saturated to the finite float16 range.
+
+    ``inner`` is ⟨y, c⟩ with y the rotated vector and c its centroids, ``square`` is ‖c‖².
+    """
+    safe_square = tir.max(square, f32(1e-30))
+    if rule == "raw":
+        gain = norm
+    elif rule == "norm":
+        gain = norm / tir.sqrt(safe_square)
+    elif rule == "mse":
+        gain = inner / safe_square
+    else:
+        usable = inner > norm * f32(1e-6)
+        gain = tir.Select(usable, norm * norm / tir.Select(usable, inner, f32(1)), norm)
+    gain = tir.Select(norm > f32(0), gain, f32(0))
+    return tir.max(tir.min(gain, f32(FP16_MAX)), f32(0)).astype("float16")

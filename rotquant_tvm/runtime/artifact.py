@@ -1,0 +1,219 @@
+"""The directory that a compile leaves behind: written atomically, verified when read.
+
+An artifact holds ``model.so``, ``weights.safetensors``, ``manifest.json`` and, if the model has one,
+``tokenizer.json``. It is first written beside its final place and then renamed, so the final name
+never shows a half-written artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (NumPy learns bfloat16 from it)
+import numpy as np
+import safetensors.numpy
+import tvm
+from safetensors import SafetensorError, safe_open
+
+from rotquant_tvm.errors import ArtifactError, UsageError
+from rotquant_tvm.runtime.cache_info import KVCacheInfo
+from rotquant_tvm.runtime.manifest import (
+    FORMAT,
+    LIBRARY_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    FileRecord,
+    Manifest,
+    TokenizerSpec,
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def library_path(self) -> Path:
+        """The compiled library."""
+        return self.path / LIBRARY_FILE
+
+    def tokenizer_json(self) -> str | None:
+        """Return the text of ``tokenizer.json``, or None if the artifact has no tokenizer."""
+        if TOKENIZER_FILE not in self.manifest.files:
+            return None
+        with _damage(self.path / TOKENIZER_FILE):
+            return (self.path / TOKENIZER_FILE).read_text(encoding="utf-8")
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (name, array) in the order in which the library takes its weights.
+
+        The file is memory-mapped and one array at a time is materialized. Raises ArtifactError if the file
+        is damaged or lacks a weight.
+        """
+        path = self.path / WEIGHTS_FILE
+        with _damage(path), safe_open(path, framework="np") as stored:
+            missing = sorted(set(self.manifest.info.weights) - set(stored.keys()))
+            if missing:
+                raise ArtifactError(f"{path}: lacks {', '.join(missing[:3])}; compile the model again")
+            for name in self.manifest.info.weights:
+                yield name, stored.get_tensor(name)
+
+
+def write_artifact(
+    path: str | os.PathLike[str],
+    library: bytes | Callable[[str], object],
+    weights: Mapping[str, np.ndarray],
+    *,
+    kv_cache_info: Mapping[str, Any],
+    target: str | Mapping[str, Any],
+    report: Mapping[str, Any] | None = None,
+    tokenizer_json: str | None = None,
+    tokenizer: TokenizerSpec | None = None,
+    default_capacity: int | None = None,
+) -> Artifact:
+    """Write an artifact at ``path``, replacing an artifact that is already there.
+
+    ``library`` is the shared library's bytes or a function that writes it to the path it is given
+    (``executable.export_library``). ``weights`` maps exactly the names in ``kv_cache_info["weights"]`` to
+    arrays of any shape and dtype (bfloat16 by ml_dtypes). ``target`` is ``str(target)`` or a mapping with
+    ``kind``. Raises UsageError if ``path`` cannot be written, holds something that is not an artifact, or
+    the weights do not match their names; whatever ``library`` raises passes through. In every such case
+    ``path`` is as it was before.
+    """
+    final = Path(path).resolve()
+    info = KVCacheInfo.from_document(dict(kv_cache_info))
+    if set(weights) != set(info.weights):
+        odd = sorted(set(weights) ^ set(info.weights))
+        raise UsageError(f"weights and kv_cache_info['weights'] disagree about {', '.join(odd[:3])}")
+    check_output(final)
+    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(parents=True)
+        _write_library(partial / LIBRARY_FILE, library)
+        safetensors.numpy.save_file(
+            {name: np.asarray(weights[name], order="C") for name in info.weights}, partial / WEIGHTS_FILE
+        )
+        if tokenizer_json is not None:
+            (partial / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+        manifest = Manifest(
+            info=info,
+            target=target,
+            tvm=tvm.__version__,
+            files={file.name: _record(file) for file in sorted(partial.iterdir())},
+            tokenizer=tokenizer or TokenizerSpec(),
+            report=dict(report or {}),
+            default_capacity=default_capacity,
+        )
+        (partial / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        _move_into_place(partial, final)
+    except OSError as error:
+        raise UsageError(f"cannot write {final}: {error.strerror or error}; choose another output") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Artifact(final, manifest)
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raise UsageError if an artifact could not be written at ``path``; meant for before a long compile."""
+    final = Path(path).resolve()
+    if final.is_dir():
+        if any(final.iterdir()) and not _is_artifact(final):
+            raise UsageError(f"{final} is a folder with other files; choose another output")
+    elif final.exists():
+        raise UsageError(f"{final} exists and is no artifact; choose another output")
+    ancestor = final.parent
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write {final}: {ancestor} is not a writable folder; choose another output")
+
+
+def read_artifact(path: str | os.PathLike[str], verify: bool = True) -> Artifact:
+    """Open the artifact at ``path``.
+
+    Sizes are always checked; with ``verify`` the SHA-256 of every file too (about a second per GB). Raises
+    ArtifactError naming the file that is missing, damaged or of another version, and what to do.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file, not an artifact folder" if folder.exists() else "does not exist"
+        raise ArtifactError(f"{folder} {what}; pass a folder written by tvmc compile")
+    where = folder / MANIFEST_FILE
+    if not where.is_file():
+        raise ArtifactError(f"{where} is missing; pass a folder written by tvmc compile")
+    with _damage(where):
+        manifest = Manifest.from_json(where.read_text(encoding="utf-8"), str(where))
+    if manifest.tvm.split(".")[:2] != tvm.__version__.split(".")[:2]:
+        raise ArtifactError(
+            f"{where}: compiled with TVM {manifest.tvm} and this is TVM {tvm.__version__}; "
+            "compile the model again"
+        )
+    for name, record in manifest.files.items():
+        with _damage(folder / name):
+            _verify_file(folder / name, record, verify)
+    return Artifact(folder, manifest)
+
+
+def _verify_file(path: Path, record: FileRecord, verify: bool) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; copy the whole artifact folder or compile the model again")
+    size = path.stat().st_size
+    remedy = "copy the artifact again or compile the model again"
+    if size != record.bytes:
+        raise ArtifactError(f"{path} has {size} bytes instead of {record.bytes}; {remedy}")
+    if verify and _record(path).sha256 != record.sha256:
+        raise ArtifactError(f"{path} is damaged (its SHA-256 does not match the manifest's); {remedy}")
+
+
+def _record(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _write_library(path: Path, library: bytes | Callable[[str], object]) -> None:
+    if isinstance(library, bytes):
+        path.write_bytes(library)
+    else:
+        library(str(path))
+
+
+def _is_artifact(folder: Path) -> bool:
+    try:
+        return FORMAT in (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _move_into_place(partial: Path, final: Path) -> None:
+    if not final.is_dir():
+        partial.rename(final)
+        return
+    retired = partial.with_suffix(".replaced")
+    final.rename(retired)
+    try:
+        partial.rename(final)
+    except OSError:
+        retired.rename(final)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged or unreadable file raises into an ArtifactError naming it."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); compile the model again") from error

@@ -1,0 +1,109 @@
+"""The arrays of one KV cache: the packed layers, the lengths, and the host's mirror of the lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tvm
+from tvm.runtime import Device, Tensor
+
+from rotquant_tvm.errors import UsageError
+from rotquant_tvm.runtime.device import device_errors
+
+
+class CacheArrays:
+    """The tensors that ``create_kv_cache`` made, which prefill and decode update in place.
+
+    ``layers``: uint8 [batch, kv_heads, tiles, tile_bytes] each, on ``device``. The lengths live twice: int32
+    [batch] on the device, which the library reads and advances, and here on the host, where capacity is
+    checked. Every method leaves the two equal.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], device: Device) -> None:
+        self.layers = tuple(tensors[:-1])
+        self._device_lengths = tensors[-1]
+        self.device = device
+        self._lengths: np.ndarray = self._device_lengths.numpy()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All arrays in the order in which the library takes them, the lengths last."""
+        return (*self.layers, self._device_lengths)
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self._lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens stored per sequence, int32 [batch]; a copy of the host's mirror."""
+        return self._lengths.copy()
+
+    def device_lengths(self) -> np.ndarray:
+        """Read the lengths from the device, int32 [batch]."""
+        values: np.ndarray = self._device_lengths.numpy()
+        return values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layers' arrays as they are allocated now (the lengths not counted)."""
+        return sum(_nbytes(layer) for layer in self.layers)
+
+    def advance(self, new_lengths: np.ndarray) -> None:
+        """Note on the host that the library has appended ``new_lengths`` [batch] tokens."""
+        self._lengths = self._lengths + new_lengths.astype(np.int32)
+
+    def set_lengths(self, lengths: np.ndarray) -> None:
+        """Set the lengths, int [batch], on the host and on the device."""
+        values = np.ascontiguousarray(lengths, dtype=np.int32)
+        self._lengths = values.copy()
+
+    def crop(self, keep: int | Sequence[int] | np.ndarray) -> None:
+        """Keep the first ``keep`` tokens of every sequence, or ``keep[i]`` of sequence i.
+
+        One number leaves shorter sequences as they are. Raises UsageError for a negative number, for more
+        tokens than the longest sequence has, for more than its own sequence has if ``keep`` is per
+        sequence, and for a wrong number of entries.
+        """
+        wanted = np.asarray(keep)
+        if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (self.batch,)):
+            raise UsageError(f"crop({keep!r}): expected one integer or {self.batch}, one per sequence")
+        limit = self._lengths.max() if wanted.ndim == 0 else self._lengths
+        if (wanted < 0).any() or (wanted > limit).any():
+            raise UsageError(f"crop({keep!r}): the sequences hold {self._lengths.tolist()} tokens")
+        self.set_lengths(np.minimum(wanted, self._lengths))
+
+    def copy(self) -> CacheArrays:
+        """Return an independent copy on the same device; raises DeviceError if it does not fit."""
+        with device_errors("cannot copy the KV cache", "free memory on the device or use a smaller capacity"):
+            return CacheArrays([tensor.copyto(self.device) for tensor in self.tensors], self.device)
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> CacheArrays:
+        """Return a cache whose sequence i is a copy of sequence ``indices[i]``; any number of them.
+
+        Raises UsageError if an index is no sequence of this cache, DeviceError if the copy does not fit.
+        """
+        order = np.asarray(indices)
+        if order.ndim != 1 or not len(order) or order.dtype.kind not in "iu":
+            raise UsageError(f"reorder({indices!r}): expected a list of sequence indices")
+        if order.min() < 0 or order.max() >= self.batch:
+            raise UsageError(f"reorder({indices!r}): the sequences are numbered 0 to {self.batch - 1}")
+        rows = [int(index) for index in order]
+        with device_errors("cannot reorder the KV cache", "free memory on the device or use fewer sequences"):
+            return CacheArrays([_gather(tensor, rows, self.device) for tensor in self.tensors], self.device)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64)) * int(tensor.dtype.itemsize)
+
+
+def _gather(tensor: Tensor, rows: Sequence[int], device: Device) -> Tensor:
+    """Copy the given entries of axis 0 without leaving the device."""
+    gathered = tvm.runtime.empty((len(rows), *tensor.shape[1:]), tensor.dtype, device)
+    row_bytes = _nbytes(tensor) // tensor.shape[0]
+    for target, source in enumerate(rows):
+        row = tensor._create_view(tensor.shape[1:], relative_byte_offset=source * row_bytes)
+        row.copyto(gathered._create_view(tensor.shape[1:], relative_byte_offset=target * row_bytes))
+    return gathered

@@ -1,0 +1,46 @@
+"""Devices by name, and what a device raises as errors of ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import tvm
+from tvm.runtime import Device
+
+from rotquant_tvm.errors import DeviceError, RotQuantError, UsageError
+
+
+def parse_device(name: str) -> Device:
+    """Return the device called ``name`` (``cpu``, ``cuda``, ``cuda:1`` …).
+
+    Raises UsageError for a name that is none, DeviceError for a device that this machine does not have.
+    """
+    unknown = f"unknown device {name!r}; use cpu, cuda or cuda:1"
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z]+(:\d+)?", name):
+        raise UsageError(unknown)
+    try:
+        device: Device = tvm.device(name)
+    except ValueError as error:
+        raise UsageError(unknown) from error
+    if not device.exist:
+        raise DeviceError(f"device {name} is not available here; check its driver, or use another device")
+    return device
+
+
+@contextmanager
+def device_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the device's runtime raises into a DeviceError: what failed, its reason, the remedy."""
+    try:
+        yield
+    except RotQuantError:
+        raise
+    except Exception as error:
+        raise DeviceError(f"{what}: {reason(error)}; {remedy}") from error
+
+
+def reason(error: Exception) -> str:
+    """Return the last line of an error's message; TVM puts its own context before it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

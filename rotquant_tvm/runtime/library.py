@@ -1,0 +1,182 @@
+"""A compiled library with its weights on a device, over which any number of sessions run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm.runtime import Device, Module, Tensor
+from tvm.runtime.vm import VirtualMachine
+
+from rotquant_tvm.errors import ArtifactError, UsageError
+from rotquant_tvm.runtime.artifact import Artifact, read_artifact
+from rotquant_tvm.runtime.cache_arrays import CacheArrays
+from rotquant_tvm.runtime.cache_info import KVCacheInfo
+from rotquant_tvm.runtime.device import device_errors, parse_device, reason
+from rotquant_tvm.runtime.session import DEFAULT_CHUNK, Session
+from rotquant_tvm.runtime.tokenizer import TextTokenizer
+
+_DEVICE_OF_KIND = {"llvm": "cpu", "c": "cpu"}
+_FALLBACK_CAPACITY = 4096
+
+
+class CompiledLibrary:
+    """A loaded library; its weights are shared by all sessions, which may run in threads of their own.
+
+    ``module``: the loaded library, or ``executable.jit()`` right after a compile. ``weights``: arrays in the
+    order of ``info.weights``; they are copied to ``device``. ``tokenizer``: None if the model came without
+    one; ``eos_token_ids`` end a generation. ``report``: the compile report. ``default_capacity``: tokens per
+    sequence of a session that names none. Raises ArtifactError if library and weights do not fit each
+    other, DeviceError if the weights do not fit the device.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        weights: Iterable[np.ndarray],
+        device: Device,
+        *,
+        tokenizer: TextTokenizer | None = None,
+        eos_token_ids: Sequence[int] = (),
+        report: Mapping[str, Any] | None = None,
+        default_capacity: int | None = None,
+    ) -> None:
+        self._module = module
+        self.device = device
+        info_json = self.virtual_machine()["kv_cache_info"]()
+        self.info = KVCacheInfo.from_json(str(info_json), "the library's kv_cache_info")
+        with device_errors(f"cannot place the weights on {device}", "use a device with more memory"):
+            self.weights: tuple[Tensor, ...] = tuple(tvm.runtime.tensor(array, device) for array in weights)
+        if len(self.weights) != len(self.info.weights):
+            raise ArtifactError(
+                f"the library takes {len(self.info.weights)} weights and {len(self.weights)} were given; "
+                "compile the model again"
+            )
+        self.tokenizer = tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.report = dict(report or {})
+        self.default_capacity = min(default_capacity or _FALLBACK_CAPACITY, self.info.max_position)
+
+    def session(self, batch: int = 1, capacity: int | None = None, chunk: int = DEFAULT_CHUNK) -> Session:
+        """Start a session with a cache of its own.
+
+        ``batch``: number of sequences; ``capacity``: tokens per sequence, by default the artifact's;
+        ``chunk``: most tokens per sequence that one call of prefill takes. Raises UsageError for values
+        below 1 and a capacity beyond the model's positions, DeviceError if the cache does not fit.
+        """
+        capacity = self.default_capacity if capacity is None else capacity
+        require_positive("chunk", chunk)
+        return Session(self, self.create_cache(batch, capacity), int(capacity), int(chunk))
+
+    def create_cache(self, batch: int, capacity: int) -> CacheArrays:
+        """Allocate an empty cache for ``batch`` sequences of ``capacity`` tokens; raises as ``session``."""
+        require_positive("batch", batch)
+        require_positive("capacity", capacity)
+        if capacity > self.info.max_position:
+            raise UsageError(
+                f"capacity is {capacity} and the model's positions end at {self.info.max_position}; "
+                f"use capacity={self.info.max_position} or less"
+            )
+        size = self.info.cache_bytes(batch, capacity)
+        what = (
+            f"no room on {self.device} for a KV cache of {size:,} bytes (batch {batch}, capacity {capacity})"
+        )
+        with device_errors(what, "use a smaller capacity or batch"):
+            tensors = self.virtual_machine()["create_kv_cache"](int(batch), int(capacity))
+            return CacheArrays(list(tensors), self.device)
+
+    def virtual_machine(self) -> VirtualMachine:
+        """Return a new virtual machine over the library; one must not be used by two threads at once."""
+        return VirtualMachine(self._module, self.device)
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raise UsageError unless ``value`` is an integer of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise UsageError(f"{name} is {value!r}, expected 1 or more")
+
+
+def load_library(
+    path: str | os.PathLike[str], device: str | None = None, verify: bool = True
+) -> CompiledLibrary:
+    """Load the artifact at ``path`` onto a device.
+
+    ``device``: ``cpu``, ``cuda``, ``cuda:1`` …; by default the one it was compiled for. ``verify`` checks
+    every file's SHA-256 first. Raises ArtifactError for a damaged, incomplete or foreign artifact, UsageError
+    for a device it was not compiled for, DeviceError for a device that is absent.
+    """
+    artifact = read_artifact(path, verify)
+    manifest = artifact.manifest
+    place = _device_for(artifact, device)
+    tokenizer_json = artifact.tokenizer_json()
+    library = CompiledLibrary(
+        _load_module(artifact),
+        (array for _, array in artifact.weights()),
+        place,
+        tokenizer=None if tokenizer_json is None else TextTokenizer(tokenizer_json, manifest.tokenizer),
+        eos_token_ids=manifest.tokenizer.eos_token_ids,
+        report=manifest.report,
+        default_capacity=manifest.default_capacity,
+    )
+    if library.info.document != manifest.info.document:
+        raise ArtifactError(
+            f"{artifact.library_path} is not the library that the manifest describes; compile the model again"
+        )
+    return library
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | None = None,
+    batch: int = 1,
+    capacity: int | None = None,
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    verify: bool = True,
+) -> Session:
+    """Load the artifact at ``path`` and start a session.
+
+    Short for ``load_library(path, device, verify).session(batch, capacity, chunk)``; raises what these raise.
+    The session's ``library`` makes further sessions over the same weights.
+    """
+    return load_library(path, device, verify).session(batch, capacity, chunk)
+
+
+def _device_for(artifact: Artifact, name: str | None) -> Device:
+    kind = _target_kind(artifact.manifest.target)
+    expected = _DEVICE_OF_KIND.get(kind, kind) if kind else None
+    wanted = name or expected or "cpu"
+    if expected is not None and wanted.split(":")[0] != expected:
+        raise UsageError(
+            f"{artifact.path} was compiled for {kind} and cannot run on {wanted!r}; "
+            f"load it with device={expected!r} or compile the model for that device"
+        )
+    return parse_device(wanted)
+
+
+def _target_kind(target: str | Mapping[str, Any]) -> str | None:
+    """Return a target's kind, or None for a tag such as ``nvidia/nvidia-h100``, which does not tell it."""
+    if isinstance(target, str) and target.startswith("{"):
+        try:
+            target = json.loads(target)
+        except ValueError:
+            return None
+    if isinstance(target, Mapping):
+        return str(target["kind"]) if "kind" in target else None
+    word = next(iter(target.split()), "")
+    return word if re.fullmatch("[a-z]+", word) else None
+
+
+def _load_module(artifact: Artifact) -> Module:
+    try:
+        return tvm.runtime.load_module(str(artifact.library_path))
+    except Exception as error:  # the loader raises several kinds
+        raise ArtifactError(
+            f"{artifact.library_path} cannot be loaded on this machine ({reason(error)}); "
+            "compile the model here"
+        ) from error

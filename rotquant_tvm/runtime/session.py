@@ -1,0 +1,230 @@
+"""A session: one KV cache over a compiled library, filled by prefill and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm
+
+from rotquant_tvm.errors import KVCacheFull, UsageError
+from rotquant_tvm.runtime.cache_arrays import CacheArrays
+from rotquant_tvm.runtime.cache_info import KVCacheInfo
+from rotquant_tvm.runtime.device import device_errors
+from rotquant_tvm.runtime.generation import Generation, GenerationConfig, GenerationStream, TextChunk
+from rotquant_tvm.runtime.prompts import Chat, Prompt, prompt_rows
+from rotquant_tvm.runtime.sampling import SamplingConfig
+from rotquant_tvm.runtime.stopping import stop_strings
+from rotquant_tvm.runtime.token_rows import chunks, token_row, token_rows
+
+if TYPE_CHECKING:
+    from rotquant_tvm.runtime.library import CompiledLibrary
+
+DEFAULT_CHUNK = 512
+
+
+class Session:
+    """Sequences that grow in one KV cache; made by ``load`` or ``CompiledLibrary.session``.
+
+    ``capacity`` is the most tokens that a sequence may hold; ``chunk`` the most tokens per sequence that one
+    call into the library takes. A session belongs to one thread at a time; sessions of one library are
+    independent of each other.
+    """
+
+    def __init__(self, library: CompiledLibrary, cache: CacheArrays, capacity: int, chunk: int) -> None:
+        self.library = library
+        self.capacity = capacity
+        self.chunk = chunk
+        self._cache = cache
+        self._machine = library.virtual_machine()
+
+    @property
+    def info(self) -> KVCacheInfo:
+        """Formats and shapes of the cache."""
+        return self.library.info
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """The report of the compile."""
+        return self.library.report
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self._cache.batch
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens held per sequence, int32 [batch]."""
+        return self._cache.lengths
+
+    @property
+    def cache(self) -> CacheArrays:
+        """The arrays that hold keys, values and lengths."""
+        return self._cache
+
+    def kv_bytes(self) -> int:
+        """Bytes of the arrays that hold keys and values, as they are allocated now."""
+        return self._cache.nbytes
+
+    def prefill(self, ids: object) -> np.ndarray:
+        """Append tokens to every sequence and return the logits after the last of them.
+
+        ``ids``: integers [batch, s], or one list per sequence of any lengths, 0 included (a flat list if
+        batch is 1). Returns float32 [batch, vocab]; the row of a sequence without new tokens is NaN. Raises
+        UsageError for ids outside the vocabulary, a wrong number of rows, no token at all or positions beyond
+        the model's, KVCacheFull if the tokens do not fit, DeviceError if the device fails. After any error
+        the cache is as it was before.
+        """
+        rows = token_rows(ids, self.batch, self.info.vocab_size)
+        new_lengths = np.array([len(row) for row in rows])
+        if not new_lengths.any():
+            raise UsageError("prefill was given no token; pass at least one")
+        self.check_room(self.lengths + new_lengths)
+        logits = np.full((self.batch, self.info.vocab_size), np.nan, np.float32)
+        with self._unchanged_on_error():
+            for chunk_ids, chunk_lengths in chunks(rows, self.chunk):
+                result = self._run("prefill", chunk_ids, chunk_lengths)
+                self._cache.advance(chunk_lengths)
+                taken = chunk_lengths > 0
+                logits[taken] = result[taken]
+        return logits
+
+    def decode(self, ids: object, active: Sequence[bool] | np.ndarray | None = None) -> np.ndarray:
+        """Append one token to every sequence and return the logits after it.
+
+        ``ids``: integers [batch] or [batch, 1]. ``active``: bool [batch]; a sequence that is not active keeps
+        its tokens and length, and its logits mean nothing. Returns float32 [batch, vocab]. Raises as
+        ``prefill`` does, and leaves the cache as it was.
+        """
+        values = np.asarray(ids)
+        if values.shape not in ((self.batch,), (self.batch, 1)):
+            raise UsageError(f"decode takes ids of shape [{self.batch}], not {list(values.shape)}")
+        tokens = token_row(values.reshape(-1), self.info.vocab_size)[:, None]
+        taking = np.ones(self.batch, bool) if active is None else np.asarray(active, bool)
+        if taking.shape != (self.batch,) or not taking.any():
+            raise UsageError(f"active needs {self.batch} entries, at least one of them true")
+        lengths = self.lengths
+        self.check_room((lengths + 1)[taking])
+        with self._unchanged_on_error():
+            if (lengths[~taking] >= self.capacity).any():
+                # Decode appends to every sequence; a full one has no slot for a token to be taken back.
+                logits = self._run("prefill", tokens, taking)
+            else:
+                logits = self._run("decode", tokens)
+            if taking.all():
+                self._cache.advance(taking)
+            else:
+                self._cache.set_lengths(lengths + taking)
+        return logits
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        max_tokens: int | None = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = 0,
+        stop: str | Sequence[str] = (),
+        chat: Chat = False,
+        stream: Callable[[TextChunk], object] | None = None,
+        reset: bool = True,
+    ) -> Generation | list[Generation]:
+        """Continue one prompt, or several at once, and return what was generated.
+
+        ``prompt``: a text, token ids, or a list of either; the session takes on as many sequences as there
+        are prompts. ``max_tokens``: None for as many as fit. ``temperature`` 0 is greedy; ``top_p`` and
+        ``seed`` as in SamplingConfig. ``stop``: texts that end a sequence. ``chat``: True to put
+        each text to the model's chat template, or a conversation in place of ``prompt``. ``stream`` is called
+        with every TextChunk. ``reset``: forget what the session holds first; else the prompts continue
+        its sequences.
+
+        Returns a Generation, or a list if a list of prompts was given. Afterwards the cache holds each
+        prompt and its new tokens but the last, which was not fed: to go on, put that token before the next
+        prompt. Raises UsageError for bad arguments, KVCacheFull before anything runs if prompt and
+        ``max_tokens`` do not fit.
+        """
+        generated = self.stream(prompt, max_tokens, temperature, top_p, seed, stop, chat, reset)
+        for chunk in generated:
+            if stream is not None:
+                stream(chunk)
+        return generated.results[0] if generated.single else generated.results
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        max_tokens: int | None = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = 0,
+        stop: str | Sequence[str] = (),
+        chat: Chat = False,
+        reset: bool = True,
+    ) -> GenerationStream:
+        """Like ``generate``, as an iterator over TextChunks whose ``results`` are complete at its end."""
+        config = GenerationConfig(max_tokens, stop_strings(stop), SamplingConfig(temperature, top_p, seed))
+        rows, single = prompt_rows(prompt, chat, self.library.tokenizer, self.info.vocab_size)
+        return GenerationStream(self, rows, config, reset, single)
+
+    def check_room(self, lengths: np.ndarray) -> None:
+        """Raise UsageError or KVCacheFull unless sequences of these lengths, int [n], fit."""
+        needed = int(np.max(lengths))
+        if needed > self.info.max_position:
+            raise UsageError(
+                f"this call needs {needed} tokens in a sequence and the model's positions end at "
+                f"{self.info.max_position}; shorten the input, lower max_tokens or crop() first"
+            )
+        if needed > self.capacity:
+            raise KVCacheFull(self.capacity, needed)
+
+    def reset(self, batch: int | None = None) -> None:
+        """Forget all tokens; with ``batch``, go on with that number of sequences.
+
+        Raises UsageError for a batch below 1, DeviceError if the other cache does not fit.
+        """
+        if batch is None or batch == self.batch:
+            self._cache.set_lengths(np.zeros(self.batch, np.int32))
+        else:
+            self._cache = self.library.create_cache(batch, self.capacity)
+
+    def crop(self, keep: int | Sequence[int] | np.ndarray) -> None:
+        """Keep the first ``keep`` tokens of every sequence, or ``keep[i]`` of sequence i.
+
+        One number leaves shorter sequences as they are. Raises UsageError for a negative number and for more
+        tokens than are there.
+        """
+        self._cache.crop(keep)
+
+    def fork(self) -> Session:
+        """Return a session of its own that holds the same tokens; raises DeviceError if it does not fit."""
+        return Session(self.library, self._cache.copy(), self.capacity, self.chunk)
+
+    def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Make sequence i a copy of sequence ``indices[i]``.
+
+        There may be more or fewer indices than sequences; the batch follows. Raises UsageError for an
+        index that is no sequence, DeviceError if a larger cache does not fit.
+        """
+        self._cache = self._cache.gather(indices)
+
+    def _run(self, function: str, *inputs: np.ndarray) -> np.ndarray:
+        """Call the library with int32 inputs, the cache and the weights; returns float32 [batch, vocab]."""
+        device = self.library.device
+        with device_errors(f"{function} failed on {device}", "the cache is as it was before"):
+            tensors = [tvm.runtime.tensor(array.astype(np.int32), device) for array in inputs]
+            result = self._machine[function](*tensors, *self._cache.tensors, *self.library.weights)
+            logits: np.ndarray = result.numpy()
+        return logits
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """Give the sequences back their lengths if the library fails or is interrupted."""
+        before = self.lengths
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # a device that is gone refuses; the first error is the one to see
+                self._cache.set_lengths(before)
+            raise

@@ -1,0 +1,68 @@
+"""Loading a library: devices, capacities, weights that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import tvm
+
+from rotquant_tvm.errors import ArtifactError, DeviceError, UsageError
+from rotquant_tvm.runtime import CompiledLibrary, load, load_library
+from rotquant_tvm.runtime.device import parse_device
+
+
+@pytest.mark.parametrize(
+    "target", ["llvm -mcpu=skylake", {"kind": "llvm"}, '{"kind":"llvm"}', "host/some-tag"]
+)
+@pytest.mark.parametrize("device", [None, "cpu", "cpu:0"])
+def test_a_cpu_library_loads_on_the_cpu(write, tmp_path, target, device):
+    session = load(write(tmp_path / "a", target=target), device)
+    assert session.library.device == tvm.cpu() and session.batch == 1
+
+
+def test_a_library_runs_only_where_it_was_compiled_for(write, tmp_path):
+    path = write(tmp_path / "a")
+    with pytest.raises(UsageError, match=r"compiled for llvm and cannot run on 'cuda:1'.*device='cpu'"):
+        load(path, "cuda:1")
+    for target in ("cuda -arch=sm_90a", {"kind": "cuda", "arch": "sm_90a"}, '{"kind":"cuda"}'):
+        write(path, target=target)
+        with pytest.raises(UsageError, match="device='cuda'"):
+            load(path, "cpu")
+
+
+@pytest.mark.skipif(tvm.cuda().exist, reason="needs a machine without CUDA")
+def test_an_absent_device_is_a_device_error(write, tmp_path):
+    with pytest.raises(DeviceError, match="cuda is not available") as error:
+        load(write(tmp_path / "a", target="cuda"))
+    assert error.value.exit_status == 3
+
+
+@pytest.mark.parametrize("name", ["", "gpu9", "CPU", "cuda:", "cuda:x", "warp", 3])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(UsageError, match="unknown device"):
+        parse_device(name)
+
+
+def test_load_passes_batch_and_capacity_on(artifact):
+    session = load(artifact, batch=3, capacity=50)
+    assert (session.batch, session.capacity) == (3, 50)
+    assert session.library.session().capacity == 128
+
+
+@pytest.mark.parametrize(("default", "expected"), [(None, 4096), (100, 100), (10**6, 4096)])
+def test_default_capacity_stays_within_the_models_positions(write, tmp_path, default, expected):
+    assert load(write(tmp_path / "a", default_capacity=default)).capacity == expected
+
+
+def test_a_wrong_number_of_weights_is_refused(fake_model, library_bytes, tmp_path):
+    (tmp_path / "model.so").write_bytes(library_bytes)
+    module = tvm.runtime.load_module(str(tmp_path / "model.so"))
+    with pytest.raises(ArtifactError, match="takes 2 weights and 1 were given"):
+        CompiledLibrary(module, list(fake_model.weights().values())[:1], tvm.cpu())
+
+
+def test_weights_are_shared_by_sessions(artifact):
+    library = load_library(artifact)
+    first, second = library.session(), library.session(batch=2)
+    assert first.library.weights is second.library.weights
+    first.prefill([1, 2, 3])
+    assert second.lengths.tolist() == [0, 0]
