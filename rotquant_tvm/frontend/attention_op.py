@@ -1,15 +1,15 @@
 """Attention as one torch operator, and its registration with transformers.
 
-transformers calls two functions that we register under the name ``rotquant``: one asks for a mask, one computes
-attention. The first checks that the mask is causal, or causal with a window, and answers with a
-:class:`CausalMask` instead of a tensor; transformers hands that to the second, so each attention states its own
-mask. Whatever else a model asks of its attention is refused by name.
+transformers calls two functions that we register under the name ``rotquant``: one is asked for a mask, one for
+attention. The first answers with a :class:`CausalMask` instead of a tensor, which transformers hands to the
+second, so each attention states its own mask; that the mask was causal, or causal with a window, is checked
+after the run. Whatever else a model asks of its attention is refused by name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -51,12 +51,24 @@ class AttentionCall:
 
 @dataclass
 class Trace:
-    """What the last run of a model did with its attention; ``check_masks`` evaluates masks on real indices."""
+    """What the last run of a model did with its attention: its calls, and the masks that it asked for."""
 
     model_type: str
-    check_masks: bool = False
     cache: GrowingCache | None = None
     calls: list[AttentionCall] = field(default_factory=list)
+    masks: list[tuple[Callable[..., Any], int | None]] = field(default_factory=list)
+
+    def calls_by_layer(self) -> list[AttentionCall]:
+        """Return the calls in the order of the cache layers that they read."""
+        return sorted(self.calls, key=lambda call: call.layer)
+
+    def check_masks(self) -> None:
+        """Raise ModelError unless every mask is causal, or causal with the window it was announced with.
+
+        Masks are functions of indices; they are evaluated here, after the run, since a traced run has no values.
+        """
+        if not all(_is_causal(mask_function, window) for mask_function, window in self.masks):
+            raise ModelError(f"{self.model_type!r} asks for a mask that is neither causal nor causal with a window")
 
 
 _TRACE: ContextVar[Trace | None] = ContextVar("rotquant_trace", default=None)
@@ -65,7 +77,7 @@ _TRACE: ContextVar[Trace | None] = ContextVar("rotquant_trace", default=None)
 @contextmanager
 def tracing(trace: Trace, cache: GrowingCache) -> Iterator[Trace]:
     """Record the attention calls of one run over ``cache`` in ``trace``."""
-    trace.cache, trace.calls = cache, []
+    trace.cache, trace.calls, trace.masks = cache, [], []
     token = _TRACE.set(trace)
     try:
         yield trace
@@ -116,7 +128,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: i
     "rotquant::select_token", mutates_args=(), schema="(Tensor hidden, Tensor last) -> Tensor"
 )
 def select_token(hidden: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """The token ``last[i]`` of each row: hidden [batch, seq, width], last int32 [batch] → [batch, width]."""
+    """Take token ``last[i]`` of each row: hidden [batch, seq, width], last int32 [batch] → [batch, width]."""
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last.long()].contiguous()
 
 
@@ -128,12 +140,11 @@ def _(hidden: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
 def _answer_mask(
     *, mask_function: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any
 ) -> CausalMask:
-    """Stand for the mask that transformers asks for; refuse all but causal and causal with a window."""
+    """Stand for the mask that transformers asks for, and remember what it was."""
     trace = _current_trace()
     if use_vmap:
         raise ModelError(f"{trace.model_type!r} combines its causal mask with one of its own, which is not supported")
-    if trace.check_masks and not _is_causal(mask_function, local_size):
-        raise ModelError(f"{trace.model_type!r} asks for a mask that is neither causal nor causal with a window")
+    trace.masks.append((mask_function, local_size))
     return CausalMask(local_size)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from rotquant_tvm.errors import ModelError, RotQuantError
@@ -21,10 +22,10 @@ class DecoderStep(torch.nn.Module):
     After a run ``trace.calls`` lists the attentions of the model in their order.
     """
 
-    def __init__(self, model: torch.nn.Module, check_masks: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.trace = Trace(model.config.model_type, check_masks)  # an object, since export restores attributes
+        self.trace = Trace(model.config.model_type)  # an object: export restores attributes
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, past: dict[str, torch.Tensor]
@@ -89,22 +90,24 @@ def rotquant_attention(model: torch.nn.Module) -> Iterator[None]:
 
 
 def probe_attention(model: torch.nn.Module) -> list[AttentionCall]:
-    """Run ``model`` on two tokens and list its attentions, one per cache layer.
+    """Run ``model`` on two tokens, without computing, and list its attentions, one per cache layer.
 
-    Raises ModelError for a mask other than causal or causal with a window, for anything else that the canonical
-    form cannot hold, and for a model without attention. The model must be inside :func:`rotquant_attention`.
+    Raises ModelError for a mask other than causal or causal with a window, for anything else that the
+    canonical form cannot hold, and for a model without attention. The model must be inside
+    :func:`rotquant_attention`.
     """
-    step = DecoderStep(model, check_masks=True)
-    ids = torch.zeros((1, 2), dtype=torch.int32, device=model.device)
-    positions = torch.arange(2, dtype=torch.int32, device=model.device)[None]
     model_type = model.config.model_type
+    step = DecoderStep(model)
     try:
-        logits, *presents = step(ids, positions, positions[:, 1], {})
+        with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+            ids = torch.zeros((1, 2), dtype=torch.int32, device=model.device)
+            logits, *presents = step(ids, torch.zeros_like(ids), ids[:, 0], {})
     except RotQuantError:
         raise
     except Exception as error:
         raise ModelError(f"{model_type!r} does not run as a causal decoder: {first_line(error)}") from error
-    calls = sorted(step.trace.calls, key=lambda call: call.layer)
+    step.trace.check_masks()
+    calls = step.trace.calls_by_layer()
     if not calls:
         raise ModelError(
             f"{model_type!r} has no attention, or computes it outside of transformers' attention interface; "
@@ -134,16 +137,17 @@ def export_step(model: torch.nn.Module, calls: list[AttentionCall]) -> ExportedP
         "ids": {0: batch, 1: seq},
         "positions": {0: batch, 1: seq},
         "last": {0: batch},
-        "past": dict.fromkeys(pasts, {0: batch, 2: past}),
+        "past": {name: {0: batch, 2: past} for name in pasts},
     }
     step = DecoderStep(model)
+    inputs = (ids, positions, last, pasts)
     try:
         with quiet():
-            program = torch.export.export(step, (ids, positions, last, pasts), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(step, inputs, dynamic_shapes=shapes, strict=False)
     except RotQuantError:
         raise
     except Exception as error:
         raise ModelError(f"{model.config.model_type!r} cannot be exported: {first_line(error)}") from error
-    if sorted(step.trace.calls, key=lambda call: call.layer) != calls:
+    if step.trace.calls_by_layer() != calls:
         raise ModelError(f"{model.config.model_type!r} changes its attention with the length of the past")
     return program

@@ -12,7 +12,7 @@ from tvm.tirx.script.builder import ir as T
 from ..formats import Codec, TileLayout
 from .axes import Axes
 from .tile_access import CodeSection, code_section, gain_position, u32
-from .tile_pack import PERIOD, Piece, half_word_pieces, tail_pieces, updated_word, word_pieces
+from .tile_pack import PERIOD, Piece, WordUpdate, half_word_pieces, tail_pieces, word_pieces
 from .vector_code import EncodeBuffers, emit_encode, rotation_size
 
 Expr = Any
@@ -94,29 +94,29 @@ class _TileWriter:
         def written(token: Expr) -> Expr:
             return tir.all(token >= first, token < last)
 
-        def update(lane: Expr, word: Expr, pieces: list[Piece], first_group: Expr) -> None:
+        update = WordUpdate(section, code, written)
+
+        def store(lane: Expr, word: Expr, pieces: list[Piece], first_group: Expr) -> None:
             index = [*self.tile, section.word_index(word, lane)]
-            old = self.cache[tuple(index)]
-            T.buffer_store(
-                self.cache, updated_word(section, pieces, first_group, lane, old, code, written), index
-            )
+            update.start()
+            update.gather(pieces, first_group, lane)
+            T.buffer_store(self.cache, update.result(self.cache[tuple(index)]), index)
 
         words, groups = PERIOD[section.bits]
         periods = section.words // words
         with axes.lanes(32 * periods) as index:
             lane, period = index % 32, index // 32
             for word in range(words):
-                update(lane, period * words + word, word_pieces(section.bits, word), period * groups)
+                store(lane, period * words + word, word_pieces(section.bits, word), period * groups)
         pieces = half_word_pieces(section)
         if not pieces:
             return
         if section.bits == 3:
             with axes.lanes(32) as lane:
-                update(lane, section.words - 1, tail_pieces(2, 2), periods * groups)
+                store(lane, section.words - 1, tail_pieces(2, 2), periods * groups)
         with axes.lanes(16) as pair:
             index = [*self.tile, section.half_word_index(pair * 2)[0]]
-            word = self.cache[tuple(index)]
+            update.start()
             for odd in range(2):
-                lane = pair * 2 + odd
-                word = updated_word(section, pieces, periods * groups, lane, word, code, written, shift=16 * odd)
-            T.buffer_store(self.cache, word, index)
+                update.gather(pieces, periods * groups, pair * 2 + odd, shift=16 * odd)
+            T.buffer_store(self.cache, update.result(self.cache[tuple(index)]), index)

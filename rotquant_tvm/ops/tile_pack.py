@@ -78,24 +78,32 @@ def position(section: CodeSection, piece: Piece, first_group: Expr, lane: Expr) 
     return token, g + group // 2 * 16 + 8 * piece.half
 
 
-def updated_word(
-    section: CodeSection,
-    pieces: list[Piece],
-    first_group: Expr,
-    lane: Expr,
-    old: Expr,
-    code: Callable[[Expr, Expr], Expr],
-    written: Callable[[Expr], Expr],
-    shift: int = 0,
-) -> Expr:
-    """``old`` with the pieces (groups from ``first_group``) of the tokens for which ``written(token)`` holds replaced by ``code(token, dim)``."""
-    mask, value = u32(0), u32(0)
-    for piece in pieces:
-        token, dim = position(section, piece, first_group, lane)
-        bits, place = (1 << piece.width) - 1, piece.word_bit + shift
-        # Bound step by step: one expression over all pieces would take the simplifier seconds.
-        hit = T.Bind(tir.Select(written(token), u32(bits), u32(0)))
-        part = code(token, dim) >> u32(piece.code_bit) & hit
-        mask = T.Bind(mask | hit << u32(place))
-        value = T.Bind(value | part << u32(place))
-    return old & ~mask | value
+class WordUpdate:
+    """Emits the read-modify-write of a word: the bits of newly written tokens replace the old ones.
+
+    Mask and value are gathered in two registers, since one expression over all pieces takes the simplifier seconds.
+    """
+
+    def __init__(self, section: CodeSection, code: Callable[..., Expr], written: Callable[[Expr], Expr]) -> None:
+        """``code(token, dim)`` is the new code (uint32); ``written(token)`` says whether the token is new."""
+        self.section, self.code, self.written = section, code, written
+        self.registers = T.sblock_alloc_buffer((2,), "uint32", scope="local")
+
+    def start(self) -> None:
+        """Begin a word."""
+        T.buffer_store(self.registers, u32(0), [0])
+        T.buffer_store(self.registers, u32(0), [1])
+
+    def gather(self, pieces: list[Piece], first_group: Expr, lane: Expr, shift: int = 0) -> None:
+        """Take in the pieces (groups from ``first_group``) of a lane, ``shift`` bits further up."""
+        for piece in pieces:
+            token, dim = position(self.section, piece, first_group, lane)
+            place = u32(piece.word_bit + shift)
+            hit = tir.Select(self.written(token), u32((1 << piece.width) - 1), u32(0))
+            part = (self.code(token, dim) >> u32(piece.code_bit) & hit) << place
+            T.buffer_store(self.registers, self.registers[0] | hit << place, [0])
+            T.buffer_store(self.registers, self.registers[1] | part, [1])
+
+    def result(self, old: Expr) -> Expr:
+        """The word's new content."""
+        return old & ~self.registers[0] | self.registers[1]
