@@ -60,7 +60,7 @@ class AttentionSite:
         """The site as plain data."""
         return {
             "index": self.index,
-            "variable": self.output.name_hint,
+            "variable": self.output.name,
             "operator": self.call.op.name,
             "heads": self.heads,
             "kv_heads": self.kv_heads,

@@ -22,9 +22,9 @@ def import_model(
 ) -> ImportedModel:
     """Import a decoder model: a transformers model object, its directory, or a .gguf file.
 
-    ``dtype`` ("float32" or "float16") is that of the weights and the cache of a file; a model object keeps its
-    own. Raises UsageError for another dtype, ModelError for a source that cannot be imported or whose optional
-    dependencies are missing.
+    ``dtype`` ("float32" or "float16") is that of the weights and the past when they come from files; a model
+    object keeps its own. Nothing is read from the network. Raises UsageError for another dtype, ModelError
+    for a source that cannot be imported or when an optional package is missing.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 
@@ -34,7 +35,7 @@ class _Header:
         self.data = data
         self.offset = 0
 
-    def read(self, code: str, count: int = 1) -> tuple:
+    def read(self, code: str, count: int = 1) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{count}{code}", self.data, self.offset)
         self.offset += struct.calcsize(f"<{count}{code}")
         return values
@@ -46,8 +47,8 @@ class _Header:
         self.offset += length
         return self.data[self.offset - length : self.offset].decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> object:
-        """A scalar or a string; an array is skipped and gives None."""
+    def value(self, kind: int) -> Any:
+        """Read a scalar or a string; skip an array and give None."""
         if kind in _SCALARS:
             return self.read(_SCALARS[kind])[0]
         if kind == _STRING:
@@ -78,13 +79,14 @@ def read_summary(path: Path) -> GGUFSummary:
                 raise ModelError(f"{path} is not a GGUF file (it does not start with 'GGUF')")
             size = len(data)
             summary = _walk(_Header(data), path)
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:
         raise ModelError(f"{path} is truncated: its header ends early; download it again") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
     if summary.needed_bytes > size:
         raise ModelError(
-            f"{path} is truncated: its tensors need {summary.needed_bytes} bytes and it has {size}; download it again"
+            f"{path} is truncated: its tensors need {summary.needed_bytes} bytes and it has {size}; "
+            "download it again"
         )
     return summary
 
@@ -123,13 +125,13 @@ def _walk(header: _Header, path: Path) -> GGUFSummary:
 def parsed_once() -> Iterator[None]:
     """Let transformers share one parse of a GGUF file among its config, weights and tokenizer.
 
-    It builds a reader for each of the three and a table of tensor names for each submodule, which takes longer
-    than reading the weights; for the time of one load both are remembered.
+    It builds a reader for each of the three and a table of tensor names for each submodule, which takes
+    longer than reading the weights; for the time of one load both are remembered.
     """
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = functools.cache(lambda path, mode="r": reader(path, mode))
-    gguf.get_tensor_name_map = functools.cache(name_map)
+    remembered = {"GGUFReader": functools.cache(reader), "get_tensor_name_map": functools.cache(name_map)}
+    vars(gguf).update(remembered)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
+        vars(gguf).update(GGUFReader=reader, get_tensor_name_map=name_map)

@@ -27,14 +27,15 @@ class GrowingLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new keys and values; return all of them. Raises ModelError on a second append in one step."""
+        """Append new keys and values; return all of them. Raises ModelError on a second append in a step."""
         if self.updated:
             raise ModelError("the model appends twice to one layer of its cache in one step")
         self.updated = True
-        past = self.keys is not None
-        self.keys = torch.cat([self.keys, key_states], dim=2) if past else key_states
-        self.values = torch.cat([self.values, value_states], dim=2) if past else value_states
-        return self.keys, self.values
+        if self.keys is not None and self.values is not None:
+            key_states = torch.cat([self.keys, key_states], dim=2)
+            value_states = torch.cat([self.values, value_states], dim=2)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
 
     def get_seq_length(self) -> int:
         """Tokens stored."""
@@ -50,7 +51,9 @@ class GrowingLayer(CacheLayerMixin):
 
 
 class GrowingCache(Cache):
-    """A cache whose step is ``concat(past, new)``; ``past`` holds a (keys, values) pair per layer, or nothing."""
+    """A cache whose step is ``concat(past, new)``; ``past`` is a (keys, values) pair per layer, or empty."""
+
+    layers: list[Any]  # of GrowingLayer
 
     def __init__(self, past: list[tuple[torch.Tensor, torch.Tensor]], model_type: str) -> None:
         if past:
@@ -60,16 +63,20 @@ class GrowingCache(Cache):
         self.model_type = model_type
 
     def layer_of(self, keys: torch.Tensor, values: torch.Tensor) -> int | None:
-        """The layer whose present these very tensors are, or None."""
+        """Return the layer whose present these very tensors are, or None."""
         for index, layer in enumerate(self.layers):
             if layer.updated and layer.keys is keys and layer.values is values:
                 return index
         return None
 
+    def presents(self) -> list[torch.Tensor]:
+        """Return keys and values of every layer, in the order k_0, v_0, k_1."""
+        return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ModelError(
-            f"{self.model_type!r} keeps more than keys and values between steps (a recurrent or indexed state), "
-            "which is not supported"
+            f"{self.model_type!r} keeps more than keys and values between steps (a recurrent or indexed "
+            "state), which is not supported"
         )
 
     update_conv_state = _refuse

@@ -73,6 +73,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
 
 def _load_model(path: Path, arguments: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """Load the weights; transformers fills missing ones with random numbers, so those are refused."""
+    model: PreTrainedModel
     model, report = _attempt(
         path,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -95,7 +96,9 @@ def _load_tokenizer(path: Path, arguments: dict[str, Any], model: PreTrainedMode
 def check_decoder(config: Any) -> None:
     """Refuse an encoder-decoder by its config."""
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{config.model_type!r} is an encoder-decoder; only decoder-only models are supported")
+        raise ModelError(
+            f"{config.model_type!r} is an encoder-decoder; only decoder-only models are supported"
+        )
 
 
 def _attempt(path: Path, load_part: Callable[[], Any]) -> Any:

@@ -32,5 +32,5 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, or its type."""
+    """Return the first line of an error's message that says something, or its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,7 +8,14 @@ from typing import Any
 from rotquant_tvm.errors import ModelError
 from rotquant_tvm.frontend.imported_model import TokenizerData
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -23,7 +30,9 @@ def tokenizer_data(tokenizer: Any, model: Any) -> TokenizerData:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError(f"{type(tokenizer).__name__} has no tokenizer.json form; save a fast tokenizer beside it")
+        raise ModelError(
+            f"{type(tokenizer).__name__} has no tokenizer.json form; save a fast tokenizer beside it"
+        )
     ends = {tokenizer.eos_token_id, _chat_end_id(tokenizer)}
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         eos = getattr(config, "eos_token_id", None)
@@ -38,7 +47,7 @@ def tokenizer_data(tokenizer: Any, model: Any) -> TokenizerData:
 
 
 def _chat_end_id(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts right after an assistant's message, or None."""
+    """Find the special token that the chat template puts right after an assistant's message, or None."""
     if not isinstance(tokenizer.chat_template, str):
         return None
     mark = "rotquantanswer"

@@ -1,7 +1,8 @@
 """Converters from torch operators to Relax that replace or add to those of TVM's importer.
 
-TVM fixes float32 as the result of every product and looks embeddings up through two reshapes; attention is our
-own operator. Each converter takes the torch node and the importer.
+TVM fixes float32 as the result of every product, looks embeddings up through two reshapes, compares symbolic
+sizes as if they were numbers and drops some dtypes; attention is our own operator. Each converter takes the
+torch node and the importer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 from tvm import relax
-from tvm.relax import op as R  # noqa: N812
+from tvm.relax import op as R
 
 Converter = Callable[[fx.Node, Any], relax.Expr]
 
@@ -53,7 +54,7 @@ def _addmm(node: fx.Node, importer: Any) -> relax.Var:
 def _reshape(node: fx.Node, importer: Any) -> relax.Expr:
     """Sizes come from torch's own result where they are fixed; a -1 left over is a dynamic one."""
     x = importer.env[node.args[0]]
-    wanted = node.args[1]
+    wanted: Any = node.args[1]
     sizes = []
     for size, actual in zip(wanted, node.meta["val"].shape, strict=True):
         if isinstance(size, fx.Node):
@@ -64,7 +65,7 @@ def _reshape(node: fx.Node, importer: Any) -> relax.Expr:
 
 
 def _layer_norm(node: fx.Node, importer: Any) -> relax.Var:
-    """The weight and the bias may each be absent."""
+    """Normalize over the last axes; the weight and the bias may each be absent."""
     x, shape, *rest = importer.retrieve_args(node)
     weight, bias, eps = [*rest, *(None, None, 1e-5)[len(rest) :]][:3]
     sizes, dtype = [int(size) for size in shape], importer._convert_data_type(node.meta["val"].dtype)
@@ -75,7 +76,7 @@ def _layer_norm(node: fx.Node, importer: Any) -> relax.Var:
 
 
 def _softmax(node: fx.Node, importer: Any) -> relax.Var:
-    """A dtype, if given, is that of the operand too."""
+    """Take the softmax in the dtype of the result, to which torch casts first."""
     x, axis = importer.retrieve_args(node)[:2]
     dtype = importer._convert_data_type(node.meta["val"].dtype)
     x = x if x.ty.dtype.dtype == dtype else importer.block_builder.emit(R.astype(x, dtype))

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedModel
 
 from rotquant_tvm.errors import ModelError, RotQuantError
-from rotquant_tvm.frontend.attention_op import NAME, AttentionCall, Trace, select_token, tracing
+from rotquant_tvm.frontend.attention_interface import NAME, AttentionCall, Trace, recording
+from rotquant_tvm.frontend.attention_op import select_token
 from rotquant_tvm.frontend.growing_cache import GrowingCache
 from rotquant_tvm.frontend.quiet import first_line, quiet
 
@@ -22,10 +24,10 @@ class DecoderStep(torch.nn.Module):
     After a run ``trace.calls`` lists the attentions of the model in their order.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.trace = Trace(model.config.model_type)  # an object: export restores attributes
+        self.trace = Trace(model.config.model_type)  # filled in place: export restores attributes
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, past: dict[str, torch.Tensor]
@@ -36,16 +38,16 @@ class DecoderStep(torch.nn.Module):
         """
         tensors = list(past.values())
         cache = GrowingCache(list(zip(tensors[::2], tensors[1::2], strict=True)), self.trace.model_type)
-        with tracing(self.trace, cache), _logits_only_at(self.model, last):
+        with recording(self.trace, cache), _logits_only_at(self.model, last):
             output = self.model(
                 input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
             )
-        presents = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        presents = cache.presents()
         return (output.logits[:, 0].float(), *presents)
 
 
 @contextmanager
-def _logits_only_at(model: torch.nn.Module, last: torch.Tensor) -> Iterator[None]:
+def _logits_only_at(model: PreTrainedModel, last: torch.Tensor) -> Iterator[None]:
     """Reduce the input of the output embedding to the token ``last`` of each row."""
     head = model.get_output_embeddings()
     if head is None:
@@ -62,7 +64,7 @@ def _logits_only_at(model: torch.nn.Module, last: torch.Tensor) -> Iterator[None
 
 
 @contextmanager
-def rotquant_attention(model: torch.nn.Module) -> Iterator[None]:
+def rotquant_attention(model: PreTrainedModel) -> Iterator[None]:
     """Give ``model`` our attention, in eval mode and without gradients; restore it afterwards.
 
     Experts, if it has any, are computed by gathering each token's weights: the one form of transformers whose
@@ -89,7 +91,7 @@ def rotquant_attention(model: torch.nn.Module) -> Iterator[None]:
                 model.set_experts_implementation(experts)
 
 
-def probe_attention(model: torch.nn.Module) -> list[AttentionCall]:
+def probe_attention(model: PreTrainedModel) -> list[AttentionCall]:
     """Run ``model`` on two tokens, without computing, and list its attentions, one per cache layer.
 
     Raises ModelError for a mask other than causal or causal with a window, for anything else that the
@@ -120,7 +122,7 @@ def probe_attention(model: torch.nn.Module) -> list[AttentionCall]:
     return calls
 
 
-def export_step(model: torch.nn.Module, calls: list[AttentionCall]) -> ExportedProgram:
+def export_step(model: PreTrainedModel, calls: list[AttentionCall]) -> ExportedProgram:
     """Export one step of ``model`` with dynamic batch, seq and past. Raises ModelError if torch cannot."""
     batch, seq, past = Dim("batch"), Dim("seq"), Dim("past")
     b, s, p = 2, 3, 5

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rotquant_tvm.errors import ModelError
-from rotquant_tvm.frontend.attention_op import AttentionCall
+from rotquant_tvm.frontend.attention_interface import AttentionCall
 from rotquant_tvm.frontend.canonical import to_canonical
 from rotquant_tvm.frontend.hf import check_decoder
 from rotquant_tvm.frontend.imported_model import ImportedModel, TokenizerData
@@ -17,7 +17,7 @@ from rotquant_tvm.frontend.torch_export import export_step, probe_attention, rot
 
 
 def import_torch_model(model: PreTrainedModel, tokenizer: TokenizerData | None) -> ImportedModel:
-    """Import a model; it is left as it was. Raises ModelError for a model that the canonical form cannot hold."""
+    """Import a model and leave it as it was. Raises ModelError if the canonical form cannot hold it."""
     _check_model(model)
     with rotquant_attention(model):
         calls = probe_attention(model)
@@ -38,20 +38,24 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ModelError(f"{type(model).__name__} is not a transformers model")
     check_decoder(model.config)
     if model.dtype not in (torch.float32, torch.float16):
-        raise ModelError(f"a model in {model.dtype} cannot be imported; convert it with model.float() or model.half()")
+        raise ModelError(
+            f"a model in {model.dtype} cannot be imported; convert it with model.float() or model.half()"
+        )
     if changing := _rope_types(model.config.get_text_config()) & {"dynamic", "longrope"}:
         raise ModelError(
-            f"{model.config.model_type!r} has the rope type {changing.pop()!r}, whose rotation changes with the "
-            "length of the text; one compiled step cannot hold it"
+            f"{model.config.model_type!r} has the rope type {changing.pop()!r}, whose rotation changes with "
+            "the length of the text; one compiled step cannot hold it"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{type(model).__name__} has weights on the meta device; load them first")
 
 
 def _rope_types(config: Any) -> set[str]:
-    """The rotary embeddings that a config names: one for all layers, or one per kind of layer."""
+    """Collect the rotary embeddings that a config names: one for all layers, or one per kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return {part["rope_type"] for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_type" in part}
+    return {
+        part["rope_type"] for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_type" in part
+    }
 
 
 def _as_numpy(weight: torch.Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from .advance import advance
 from .append import append
+from .attention_dense import attention_dense
 from .attention_decode import attention_decode
 from .attention_prefill import attention_prefill
 from .axes import Axes
@@ -14,6 +15,7 @@ __all__ = [
     "advance",
     "append",
     "attention_decode",
+    "attention_dense",
     "attention_prefill",
     "dequantize",
     "dequantize_cache",

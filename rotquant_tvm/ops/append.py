@@ -12,7 +12,7 @@ from tvm.tirx.script.builder import ir as T
 from ..formats import Codec, TileLayout
 from .axes import Axes
 from .tile_access import CodeSection, code_section, gain_position, u32
-from .tile_pack import PERIOD, Piece, WordUpdate, half_word_pieces, tail_pieces, word_pieces
+from .tile_pack import PERIOD, Pieces, WordUpdate, half_word_pieces, tail_pieces, word_pieces
 from .vector_code import EncodeBuffers, emit_encode, rotation_size
 
 Expr = Any
@@ -96,7 +96,7 @@ class _TileWriter:
 
         update = WordUpdate(section, code, written)
 
-        def store(lane: Expr, word: Expr, pieces: list[Piece], first_group: Expr) -> None:
+        def store(lane: Expr, word: Expr, pieces: list[Pieces], first_group: Expr) -> None:
             index = [*self.tile, section.word_index(word, lane)]
             update.start()
             update.gather(pieces, first_group, lane)

@@ -59,6 +59,7 @@ class CacheArrays:
         """Set the lengths, int [batch], on the host and on the device."""
         values = np.ascontiguousarray(lengths, dtype=np.int32)
         self._lengths = values.copy()
+        self._device_lengths.copyfrom(values)
 
     def crop(self, keep: int | Sequence[int] | np.ndarray) -> None:
         """Keep the first ``keep`` tokens of every sequence, or ``keep[i]`` of sequence i.

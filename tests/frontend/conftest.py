@@ -1,4 +1,4 @@
-"""A small executor of canonical modules: attention in NumPy, all else compiled by TVM."""
+"""Tiny models, and an executor of canonical modules: attention in NumPy, all else compiled by TVM."""
 
 from __future__ import annotations
 
@@ -7,11 +7,40 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
+import transformers
 import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 _NUMBER = itertools.count()
+
+_TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT2 = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def tiny_model(kind: str, **overrides) -> torch.nn.Module:
+    """A random model of a transformers config class; norms and biases are not trivial."""
+    torch.manual_seed(0)
+    config_class = getattr(transformers, f"{kind}Config")
+    config = config_class(**(_GPT2 if kind == "GPT2" else _TINY) | overrides)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.15).add_(0.5 if parameter.ndim == 1 else 0.0)
+    return model
 
 
 def reference_attention(q, k, v, scale, window):
@@ -28,6 +57,12 @@ def reference_attention(q, k, v, scale, window):
     return np.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
+def attention_attributes(call: relax.Call) -> tuple[float, int | None]:
+    """(scale, window) of an ``R.nn.attention``."""
+    window = call.attrs.window_size
+    return float(call.attrs.scale.value), None if window is None else int(window)
+
+
 @mutator
 class _AttentionToNumpy(PyExprMutator):
     """Replace each attention by a call of a NumPy function."""
@@ -36,14 +71,12 @@ class _AttentionToNumpy(PyExprMutator):
         call = self.visit_expr_post_order(call)
         if getattr(call.op, "name", "") != "relax.nn.attention":
             return call
-        attrs = call.attrs
-        scale = float(attrs.scale.value if hasattr(attrs.scale, "value") else attrs.scale)
-        window = None if attrs.window_size is None else int(attrs.window_size)
-        assert attrs.causal_mask == "BottomRight"
+        scale, window = attention_attributes(call)
 
         def attend(q, k, v, out):
-            result = reference_attention(q.numpy(), k.numpy(), v.numpy(), scale, window)
-            out.copyfrom(result.astype(str(out.dtype)))
+            out.copyfrom(
+                reference_attention(q.numpy(), k.numpy(), v.numpy(), scale, window).astype(out.dtype)
+            )
 
         name = f"rotquant.test.attention_{next(_NUMBER)}"
         tvm.register_global_func(name, attend, override=True)
@@ -52,33 +85,30 @@ class _AttentionToNumpy(PyExprMutator):
 
 @dataclass
 class CanonicalRunner:
-    """A compiled canonical module with its weights; ``step`` keeps the past."""
+    """A compiled canonical module with its weights."""
 
     imported: object
 
     def __post_init__(self):
-        mod = self.imported.mod
-        changer = _AttentionToNumpy(mod)
-        function = changer.visit_expr(mod["main"])
-        mod = tvm.IRModule({"main": function})
-        with tvm.target.Target("llvm"):
-            executable = tvm.compile(relax.get_pipeline("zero")(mod), "llvm")
-        self.vm = relax.VirtualMachine(executable, tvm.cpu())
-        self.weights = [tvm.runtime.tensor(w) for w in self.imported.weights]
+        function = _AttentionToNumpy(self.imported.mod).visit_expr(self.imported.mod["main"])
+        mod = relax.get_pipeline("zero")(tvm.IRModule({"main": function}))
+        self.vm = relax.VirtualMachine(tvm.compile(mod, "llvm"), tvm.cpu())
+        self.weights = [tvm.runtime.tensor(weight) for weight in self.imported.weights]
         self.dtype = self.imported.weights[0].dtype
 
     def empty_past(self, batch):
-        past = []
-        for kv_heads, _, head_dim in self.imported.config["layers"]:
-            past += [np.zeros((batch, kv_heads, 0, head_dim), self.dtype) for _ in range(2)]
-        return past
+        return [
+            np.zeros((batch, kv_heads, 0, head_dim), self.dtype)
+            for kv_heads, _, head_dim in self.imported.config["layers"]
+            for _ in "kv"
+        ]
 
-    def step(self, ids, past, last=None):
+    def step(self, ids, past, last=None, positions=None):
         """ids [batch, seq] → (logits of token ``last`` of each row, presents)."""
         batch, seq = ids.shape
-        start = past[0].shape[2]
-        positions = np.broadcast_to(np.arange(start, start + seq), (batch, seq))
-        last = np.full(batch, seq - 1) if last is None else np.asarray(last)
+        if positions is None:
+            positions = np.broadcast_to(np.arange(seq) + past[0].shape[2], (batch, seq))
+        last = np.full(batch, seq - 1) if last is None else last
         inputs = [np.ascontiguousarray(x, dtype=np.int32) for x in (ids, positions, last)]
         out = self.vm["main"](*(tvm.runtime.tensor(x) for x in [*inputs, *past]), *self.weights)
         logits, *presents = (x.numpy() for x in out)
@@ -88,3 +118,20 @@ class CanonicalRunner:
 @pytest.fixture
 def runner():
     return CanonicalRunner
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return tiny_model
+
+
+@pytest.fixture
+def attentions():
+    """List (scale, window) of a module's attentions, in order."""
+
+    def find(mod):
+        bindings = relax.analysis.get_var2val(mod["main"]).values()
+        calls = [v for v in bindings if isinstance(v, relax.Call)]
+        return [attention_attributes(c) for c in calls if getattr(c.op, "name", "") == "relax.nn.attention"]
+
+    return find

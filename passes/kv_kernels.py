@@ -1,0 +1,131 @@
+"""The operators that the KV passes call, as PrimFuncs of one module, each carrying what it is as an attribute."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from rotquant_tvm import ops
+from rotquant_tvm.formats import Codec, KVFormat, Rotation
+
+SITE_ATTR = "rotquant.site"
+OP_ATTR = "rotquant.op"
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What the kernels of an attention site are specialized on (everything but the tensors)."""
+
+    k: str
+    v: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    dtype: str
+    chunk: bool = False
+
+    def codecs(self) -> tuple[Codec, Codec]:
+        """Codecs of this shape; their rotations have the right structure but are not the site's."""
+        k, v = KVFormat.parse(self.k), KVFormat.parse(self.v)
+        return k.codec(self.head_dim), v.codec(self.head_dim)
+
+
+class KernelLibrary:
+    """Adds kernels for one target to the module of a ``BlockBuilder``, each once."""
+
+    def __init__(self, builder: relax.BlockBuilder, target: tvm.target.Target | None = None) -> None:
+        target = target or tvm.target.Target.current(allow_none=True)
+        self.axes = ops.Axes.of(target if target is not None else "llvm")
+        self._builder = builder
+        self._known: dict[Any, tvm.ir.GlobalVar] = {}
+
+    def _add(self, key: tuple[Any, ...], build: Any, shape: SiteShape | None = None) -> tvm.ir.GlobalVar:
+        if key not in self._known:
+            func = build().without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
+            if shape is not None:
+                func = func.with_attr(SITE_ATTR, json.dumps(asdict(shape)))
+            self._known[key] = self._builder.add_func(func, "kv_" + str(key[0]))
+        return self._known[key]
+
+    def advance(self) -> tvm.ir.GlobalVar:
+        """``ops.advance``."""
+        return self._add(("advance",), lambda: ops.advance(self.axes))
+
+    def rotate(self, structure: tuple[Any, ...], head_dim: int, dtype: str) -> tvm.ir.GlobalVar:
+        """``ops.rotate``."""
+        return self._add(
+            ("rotate", structure, head_dim, dtype), lambda: ops.rotate(structure, head_dim, dtype, self.axes)
+        )
+
+    def roundtrip(self, codec: Codec, dtype: str) -> tvm.ir.GlobalVar:
+        """``ops.roundtrip``."""
+        return self._add(
+            ("roundtrip", codec.format, codec.head_dim, dtype), lambda: ops.roundtrip(codec, dtype, self.axes)
+        )
+
+    def append(self, shape: SiteShape) -> tvm.ir.GlobalVar:
+        """``ops.append``."""
+        key = ("append", shape.k, shape.v, shape.kv_heads, shape.head_dim, shape.dtype)
+        return self._add(key, lambda: ops.append(*shape.codecs(), shape.kv_heads, shape.dtype, self.axes))
+
+    def dequantize_cache(self, shape: SiteShape) -> tvm.ir.GlobalVar:
+        """``ops.dequantize_cache``."""
+        key = ("dequantize_cache", shape.k, shape.v, shape.kv_heads, shape.head_dim)
+        return self._add(key, lambda: ops.dequantize_cache(*shape.codecs(), shape.kv_heads, self.axes))
+
+    def attention_dense(self, shape: SiteShape) -> tvm.ir.GlobalVar:
+        """``ops.attention_dense``; it carries ``shape`` for the passes that follow."""
+        build = lambda: ops.attention_dense(  # noqa: E731
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.scale,
+            shape.dtype,
+            self.axes,
+            chunk=shape.chunk,
+            window=shape.window,
+        )
+        return self._add(("attention_dense", shape), build, shape)
+
+    def attention_packed(self, shape: SiteShape, splits: int) -> tvm.ir.GlobalVar:
+        """``ops.attention_prefill`` for a chunk, else ``ops.attention_decode``."""
+        common = (*shape.codecs(), shape.heads, shape.kv_heads, shape.scale, shape.dtype, self.axes)
+        if shape.chunk:
+            return self._add(
+                ("attention_prefill", shape), lambda: ops.attention_prefill(*common, window=shape.window), shape
+            )
+        return self._add(
+            ("attention_decode", shape, splits),
+            lambda: ops.attention_decode(*common, splits=splits, window=shape.window),
+            replace(shape, chunk=False),
+        )
+
+
+def rotation_constant(rotation: Rotation) -> relax.Constant:
+    """A rotation's coefficients as the kernels take them (one unused element for the identity)."""
+    data = np.asarray(rotation.data, "float32")
+    return relax.const(data if data.size else np.zeros(1, "float32"))
+
+
+def kernel_of(mod: tvm.IRModule, value: Any) -> tuple[str, tvm.tirx.PrimFunc] | None:
+    """(operator, PrimFunc) if ``value`` is a ``call_tir`` of a kernel of this project, else None."""
+    if not isinstance(value, relax.Call) or getattr(value.op, "name", "") not in (
+        "relax.call_tir",
+        "relax.call_tir_inplace",
+    ):
+        return None
+    func = mod[value.args[0]]
+    name = func.attrs.get(OP_ATTR) if func.attrs is not None else None
+    return (str(name), func) if name is not None else None
+
+
+def site_shape(func: tvm.tirx.PrimFunc) -> SiteShape:
+    """The ``SiteShape`` that a kernel carries."""
+    return SiteShape(**json.loads(str(func.attrs[SITE_ATTR])))

@@ -1,0 +1,284 @@
+"""QuantizeKVCache: a decoder step with past keys and values becomes prefill and decode over a packed cache.
+
+The function "main" of a frontend is replaced by the compiled library's four functions. Growing the cache becomes an
+append in place; attention becomes dequantize, un-rotate and dense attention: explicit, correct and slow, for the
+passes that follow (``HoistRotation``, ``LowerKVOps``) to move and fuse.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from rotquant_tvm.errors import ModelError
+from rotquant_tvm.formats import VERSION as LAYOUT_VERSION
+from rotquant_tvm.formats import Codec, TileLayout
+from rotquant_tvm.kv_cache_config import KVCacheConfig
+
+from .binding_copy import BindingCopy
+from .find_attention import AttentionSite, dataflow_graph, find_attention
+from .kv_kernels import KernelLibrary, SiteShape, rotation_constant
+
+INFO_VERSION = 1
+
+
+def cache_info(
+    func: relax.Function, sites: list[AttentionSite], codecs: list[tuple[Codec, Codec]], names: list[str]
+) -> dict[str, Any]:
+    """The description that ``kv_cache_info()`` returns (plain data)."""
+    logits = func.ret_ty.fields[0]
+    limit = func.attrs.get("rotquant.max_position")
+    return {
+        "version": INFO_VERSION,
+        "layout_version": LAYOUT_VERSION,
+        "layers": [
+            {
+                "kv_heads": site.kv_heads,
+                "head_dim": site.head_dim,
+                "k": k.format.name,
+                "v": v.format.name,
+                "tile_bytes": TileLayout(k.format, v.format, site.head_dim).tile_bytes,
+            }
+            for site, (k, v) in zip(sites, codecs, strict=True)
+        ],
+        "vocab_size": int(logits.shape[-1]),
+        "max_position": int(limit) if limit is not None else 2**31 - 1,
+        "dtype": str(logits.dtype),
+        "weights": names,
+    }
+
+
+@tvm.transform.module_pass(opt_level=0, name="QuantizeKVCache")
+class QuantizeKVCache:
+    """Give the function "main" a packed KV cache, or, with ``simulate``, quantize and dequantize its K and V in place.
+
+    ``simulate`` works on models without a cache too and keeps the signature; it is for judging quality. Raises
+    ``ModelError`` naming the first site that cannot be rewritten, and ``FormatError`` for a head dimension that a
+    format cannot take.
+    """
+
+    def __init__(self, config: KVCacheConfig, simulate: bool = False) -> None:
+        self.config, self.simulate = config, simulate
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite ``mod``."""
+        func = mod["main"]
+        sites = find_attention(func)
+        if not sites:
+            raise ModelError("the model has no attention, so there is no KV cache to quantize")
+        codecs = [self.config.codecs(s.index, len(sites), s.head_dim) for s in sites]
+        if self.simulate:
+            return _Simulation(mod, sites, codecs).module()
+        for site in sites:
+            if site.reason:
+                raise ModelError(f"attention {site.index} ({site.output.name}) cannot be rewritten: {site.reason}")
+        names = [f"weight_{i:04d}" for i in range(len(func.params) - int(func.attrs["num_input"]))]
+        info = json.dumps(cache_info(func, sites, codecs, names))
+        step = tvm.IRModule({"main": func})
+        seq = func.params[0].ty.shape[1]
+        single = relax.utils.copy_with_new_vars(relax.transform.BindSymbolicVars({seq.name: 1}, "main")(step)["main"])
+        builder = relax.BlockBuilder(_without_main(mod))
+        kernels = KernelLibrary(builder)
+        builder.add_func(_info_function(info), "kv_cache_info")
+        builder.add_func(_create_function(sites, codecs), "create_kv_cache")
+        for name, body in (("prefill", func), ("decode", single)):
+            _CachedStep(builder, kernels, body, codecs, chunk=name == "prefill").emit(name)
+        result = builder.finalize()
+        result = relax.transform.DeadCodeElimination(["prefill", "decode", "create_kv_cache", "kv_cache_info"])(result)
+        relax.analysis.well_formed(result)
+        return result
+
+
+def _without_main(mod: tvm.IRModule) -> tvm.IRModule:
+    return tvm.IRModule({g: f for g, f in mod.functions_items() if g.name_hint != "main"}, attrs=mod.attrs)
+
+
+def _info_function(info: str) -> relax.Function:
+    builder = relax.BlockBuilder()
+    with builder.function("kv_cache_info", []):
+        builder.emit_func_output(builder.emit(tvm.ir.StringImm(info)))
+    return builder.finalize()["kv_cache_info"]
+
+
+def _create_function(sites: list[AttentionSite], codecs: list[tuple[Codec, Codec]]) -> relax.Function:
+    batch, capacity = (relax.Var(name, tvm.ir.PrimType("int64")) for name in ("batch", "capacity"))
+    builder = relax.BlockBuilder()
+    with builder.function("create_kv_cache", [batch, capacity]):
+        with builder.dataflow():
+            tensors = []
+            for site, (k, v) in zip(sites, codecs, strict=True):
+                words = TileLayout(k.format, v.format, site.head_dim).tile_bytes // 4
+                shape = [batch, site.kv_heads, (capacity + 31) // 32, words]
+                tensors.append(builder.emit(relax.op.zeros(relax.ShapeExpr(shape), "uint32")))
+            tensors.append(builder.emit(relax.op.zeros(relax.ShapeExpr([batch]), "int32")))
+            output = builder.emit_output(relax.Tuple(tensors))
+        builder.emit_func_output(output)
+    return builder.finalize()["create_kv_cache"]
+
+
+class _CachedStep:
+    """Rebuilds one step function over the packed cache."""
+
+    def __init__(
+        self,
+        builder: relax.BlockBuilder,
+        kernels: KernelLibrary,
+        func: relax.Function,
+        codecs: list[tuple[Codec, Codec]],
+        chunk: bool,
+    ) -> None:
+        self.builder, self.kernels, self.func, self.codecs, self.chunk = builder, kernels, func, codecs, chunk
+        self.sites = {site.output: site for site in find_attention(func)}
+        self.inputs = int(func.attrs["num_input"])
+        self.batch, self.seq = func.params[0].ty.shape
+        self.copy = BindingCopy(builder)
+
+    def emit(self, name: str) -> None:
+        """Add the function ``name`` to the builder's module."""
+        tiles = tvm.tirx.Var("tiles", "int64")
+        ids = relax.Var("ids", relax.TensorType([self.batch, self.seq], "int32"))
+        new_lengths = relax.Var("new_lengths", relax.TensorType([self.batch], "int32"))
+        caches = []
+        for site, (k, v) in zip(self.sites.values(), self.codecs, strict=True):
+            words = TileLayout(k.format, v.format, site.head_dim).tile_bytes // 4
+            shape = [self.batch, site.kv_heads, tiles, words]
+            caches.append(relax.Var(f"cache_{site.index}", relax.TensorType(shape, "uint32")))
+        lengths = relax.Var("lengths", relax.TensorType([self.batch], "int32"))
+        weights = [relax.Var(p.name, p.ty) for p in self.func.params[self.inputs :]]
+        inputs = [ids, new_lengths] if self.chunk else [ids]
+        for old, new in zip(self.func.params[self.inputs :], weights, strict=True):
+            self.copy.replace(old, new)
+        with self.builder.function(name, [*inputs, *caches, lengths, *weights], attrs={"num_input": len(inputs)}):
+            with self.builder.dataflow():
+                if not self.chunk:
+                    one = relax.const(1, "int32")
+                    new_lengths = self.builder.emit(relax.op.full(relax.ShapeExpr([self.batch]), one, "int32"))
+                total = self._advance(lengths, new_lengths)
+                self._bind_inputs(ids, total, new_lengths)
+                output = self.builder.emit_output(self._body(caches, total, new_lengths))
+            self.builder.emit_func_output(output)
+
+    def _advance(self, lengths: relax.Var, new_lengths: relax.Var) -> relax.Var:
+        call = relax.op.call_tir_inplace(self.kernels.advance(), relax.Tuple([lengths, new_lengths]), 0, lengths.ty)
+        return self.builder.emit(call)
+
+    def _bind_inputs(self, ids: relax.Var, total: relax.Var, new_lengths: relax.Var) -> None:
+        """The step's ids, positions and last indices, from the sequences' lengths."""
+        op, emit = relax.op, self.builder.emit
+        start = emit(op.expand_dims(op.subtract(total, new_lengths), 1))
+        steps = emit(op.expand_dims(op.arange(0, self.seq, 1, "int32"), 0))
+        positions = op.add(start, steps)
+        last = op.maximum(op.subtract(new_lengths, relax.const(1, "int32")), relax.const(0, "int32"))
+        for old, new in zip(self.func.params[:3], (ids, positions, last), strict=True):
+            value = emit(new if str(old.ty.dtype) == "int32" else op.astype(new, old.ty.dtype))
+            self.copy.replace(old, emit(relax.op.reshape(value, old.ty.shape)) if value.ty.ndim < 0 else value)
+
+    def _body(self, caches: list[relax.Var], total: relax.Var, new_lengths: relax.Var) -> relax.Expr:
+        graph = dataflow_graph(self.func)
+        stale = set(self.func.params[3 : self.inputs])
+        for block in self.func.body.blocks:
+            for binding in block.bindings:
+                if binding.var in self.sites:
+                    site = self.sites[binding.var]
+                    self.copy.replace(binding.var, self._attention(site, caches[site.index], total, new_lengths))
+                elif any(used in stale for used in graph.predecessors(binding.var)):
+                    stale.add(binding.var)
+                else:
+                    self.copy.emit(binding)
+        logits = _logits(self.func)
+        if logits in stale:
+            raise ModelError("the model's logits read a past key or value outside attention")
+        return self.copy.expr(logits)
+
+    def _attention(self, site: AttentionSite, cache: relax.Var, total: relax.Var, new: relax.Var) -> relax.Var:
+        emit, kernels = self.builder.emit, self.kernels
+        codec_k, codec_v = self.codecs[site.index]
+        query = self.copy.expr(site.call.args[0])
+        key, value = (self.copy.expr(c.new) for c in (site.key, site.value))
+        shape = SiteShape(
+            codec_k.format.name,
+            codec_v.format.name,
+            site.heads,
+            site.kv_heads,
+            site.head_dim,
+            site.scale,
+            site.window,
+            str(query.ty.dtype),
+            self.chunk,
+        )
+        rotations = [rotation_constant(c.rotation) for c in (codec_k, codec_v)]
+        arguments = relax.Tuple([cache, key, value, *rotations, total, new])
+        packed = emit(relax.op.call_tir_inplace(kernels.append(shape), arguments, 0, cache.ty))
+        batch, kv_heads, tiles, _ = cache.ty.shape
+        dense = relax.TensorType([batch, kv_heads, tiles * 32, site.head_dim], "float32")
+        pair = emit(relax.call_tir(kernels.dequantize_cache(shape), [packed, total], [dense, dense]))
+        past = [
+            _unrotate(emit, kernels, emit(relax.TupleGetItem(pair, i)), codec)
+            for i, codec in enumerate((codec_k, codec_v))
+        ]
+        operands = [query, *past, *((key, value) if self.chunk else ()), total, new]
+        return emit(relax.call_tir(kernels.attention_dense(shape), operands, query.ty))
+
+
+def _unrotate(emit: Any, kernels: KernelLibrary, x: relax.Var, codec: Codec) -> relax.Var:
+    inverse = codec.inverse_rotation
+    if inverse.identity:
+        return x
+    kernel = kernels.rotate(inverse.structure, codec.head_dim, "float32")
+    return emit(relax.call_tir(kernel, [x, rotation_constant(inverse)], x.ty))
+
+
+def _logits(func: relax.Function) -> relax.Var:
+    """The first element of the tuple that the function returns."""
+    result = func.body.body
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            if binding.var.same_as(result):
+                result = binding.value
+    return result.fields[0] if isinstance(result, relax.Tuple) else result
+
+
+class _Simulation:
+    """Inserts a round trip on the new keys and values of every site of "main"."""
+
+    def __init__(
+        self, mod: tvm.IRModule, sites: list[AttentionSite], codecs: list[tuple[Codec, Codec]]
+    ) -> None:
+        self.mod, self.sites, self.codecs = mod, sites, codecs
+
+    def module(self) -> tvm.IRModule:
+        """The rewritten module."""
+        builder = relax.BlockBuilder(_without_main(self.mod))
+        kernels = KernelLibrary(builder)
+        func = self.mod["main"]
+        copy = BindingCopy(builder)
+        wanted: dict[relax.Expr, Codec] = {}
+        for site, pair in zip(self.sites, self.codecs, strict=True):
+            for cache, operand, codec in zip((site.key, site.value), site.call.args[1:3], pair, strict=True):
+                wanted[cache.new if cache is not None else operand] = codec
+
+        def quantized(var: relax.Var) -> None:
+            codec = wanted.get(var)
+            if codec is None:
+                return
+            source = copy.expr(var)
+            constants = [rotation_constant(r) for r in (codec.rotation, codec.inverse_rotation)]
+            kernel = kernels.roundtrip(codec, str(source.ty.dtype))
+            copy.replace(var, builder.emit(relax.call_tir(kernel, [source, *constants], source.ty)))
+
+        with builder.function("main", list(func.params), attrs=dict(func.attrs)):
+            with builder.dataflow():
+                for param in func.params:
+                    quantized(param)
+                for block in func.body.blocks:
+                    for binding in block.bindings:
+                        copy.emit(binding)
+                        quantized(binding.var)
+                output = builder.emit_output(copy.expr(func.body.body))
+            builder.emit_func_output(output)
+        result = builder.finalize()
+        relax.analysis.well_formed(result)
+        return result
