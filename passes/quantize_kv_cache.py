@@ -92,6 +92,18 @@ class QuantizeKVCache:
         return result
 
 
+def read_cache_info(mod: tvm.IRModule) -> dict[str, Any]:
+    """What the module's ``kv_cache_info`` will return, as plain data."""
+    return json.loads(str(mod["kv_cache_info"].body.blocks[0].bindings[0].value.value))
+
+
+def with_cache_info(mod: tvm.IRModule, info: dict[str, Any]) -> tvm.IRModule:
+    """The module with another description in ``kv_cache_info``."""
+    result = tvm.IRModule(mod.functions, attrs=mod.attrs)
+    result.update_func(mod.get_global_var("kv_cache_info"), _info_function(json.dumps(info)))
+    return result
+
+
 def _without_main(mod: tvm.IRModule) -> tvm.IRModule:
     return tvm.IRModule({g: f for g, f in mod.functions_items() if g.name_hint != "main"}, attrs=mod.attrs)
 
@@ -151,7 +163,8 @@ class _CachedStep:
         inputs = [ids, new_lengths] if self.chunk else [ids]
         for old, new in zip(self.func.params[self.inputs :], weights, strict=True):
             self.copy.replace(old, new)
-        with self.builder.function(name, [*inputs, *caches, lengths, *weights], attrs={"num_input": len(inputs)}):
+        inputs += [*caches, lengths]
+        with self.builder.function(name, [*inputs, *weights], attrs={"num_input": len(inputs)}):
             with self.builder.dataflow():
                 if not self.chunk:
                     one = relax.const(1, "int32")

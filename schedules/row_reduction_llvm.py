@@ -66,6 +66,5 @@ def _vectorize_partial(sch: s_tir.Schedule, partial: s_tir.schedule.SBlockRV) ->
     """Make the lanes the innermost loop inside the row, and clear them before the first step."""
     lane, *others = sch.get_loops(partial)[1:]
     sch.reorder(*others, lane)
-    clear = sch.decompose_reduction(partial, others[-1])
     sch.vectorize(lane)
-    sch.vectorize(sch.get_loops(clear)[-1])
+    sch.decompose_reduction(partial, others[-1])

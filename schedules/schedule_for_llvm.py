@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tvm
-from tvm import s_tir, tirx
+from tvm import relax, s_tir, tirx
 from tvm.target import Target
 
 from .elementwise_llvm import Elementwise
@@ -33,11 +33,16 @@ class ScheduleForLLVM:
         target = self.target or Target.current(allow_none=False)
         updated = {}
         for gvar, func in mod.functions_items():
-            if isinstance(func, tirx.PrimFunc) and not (func.attrs and func.attrs.get(_SCHEDULED)):
+            if isinstance(func, tirx.PrimFunc) and _wants_schedule(func):
                 updated[gvar] = schedule(func, target)
         for gvar, func in updated.items():
             mod[gvar] = func
         return mod
+
+
+def _wants_schedule(func: tirx.PrimFunc) -> bool:
+    """Leave reshapes as they are: RewriteDataflowReshape knows them by their loops and drops the copy."""
+    return not (func.attrs and func.attrs.get(_SCHEDULED)) and not relax.analysis.has_reshape_pattern(func)
 
 
 def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:

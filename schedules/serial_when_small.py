@@ -21,10 +21,20 @@ def serial_when_small(func: tirx.PrimFunc) -> tirx.PrimFunc:
     elements = tvm.sym.Analyzer().simplify(elements)
     if isinstance(elements, tirx.IntImm):
         return func.with_body(_serial(func.body)) if int(elements) <= SMALL else func
-    choice = tirx.IfThenElse(elements <= SMALL, _serial(func.body), func.body)
+    choice = tirx.IfThenElse(elements <= SMALL, _serial(_copy(func)), func.body)
     root = s_tir.SBlock([], [], [], "root", choice)
-    both = func.with_body(s_tir.SBlockRealize([], True, root))
-    return s_tir.transform.ConvertSSA()(tvm.IRModule({"main": both}))["main"]
+    return func.with_body(s_tir.SBlockRealize([], True, root))
+
+
+def _copy(func: tirx.PrimFunc) -> tirx.Stmt:
+    """Return the body with variables and buffers of its own, but over the same parameters."""
+    other = s_tir.renew_defs(func)
+    same: dict[tvm.ir.Var, tvm.ir.Expr] = {}
+    for new, old in zip(other.params, func.params, strict=True):
+        same[new] = old
+        shapes = zip(getattr(new.ty, "shape", ()), getattr(old.ty, "shape", ()), strict=True)  # none: a scalar
+        same.update((n, o) for n, o in shapes if isinstance(n, tvm.ir.Var))
+    return tvm_ffi.structural_map(other.body, (tvm.ir.Var, lambda var: same.get(var, var)))
 
 
 def _serial(body: tirx.Stmt) -> tirx.Stmt:

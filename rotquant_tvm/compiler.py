@@ -1,0 +1,184 @@
+"""Compile a decoder model into a library with a packed, rotation-quantized KV cache."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm
+
+from .errors import UsageError
+from .frontend import ImportedModel, TokenizerData, import_model
+from .kv_cache_config import KVCacheConfig
+from .pipeline import DISABLED_PASSES, PassHooks, kv_passes, operator_passes, resolve_target, run_passes
+from .report import compile_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .runtime import Artifact, CompiledLibrary, Session
+
+DEFAULT_CAPACITY = 4096
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A compiled library with its weights, ready to save or to run.
+
+    Attributes: ``executable`` (TVM's), ``info`` (what ``kv_cache_info()`` returns), ``weights`` (as the library
+    takes them), ``report`` (formats, true bits, bytes, kernels, times; plain data), ``target``, ``tokenizer``.
+    """
+
+    executable: Any
+    info: dict[str, Any]
+    weights: list[np.ndarray]
+    report: dict[str, Any]
+    target: tvm.target.Target
+    tokenizer: TokenizerData | None
+    default_capacity: int
+
+    def save(self, path: str | os.PathLike[str]) -> Artifact:
+        """Write the artifact folder ``path``; it appears whole or not at all. Raises ``UsageError``."""
+        from .runtime import TokenizerSpec, write_artifact
+
+        spec = None
+        if self.tokenizer is not None:
+            spec = TokenizerSpec(
+                self.tokenizer.eos_token_ids, self.tokenizer.bos_token_id, self.tokenizer.chat_template
+            )
+        return write_artifact(
+            path,
+            self.executable.export_library,
+            dict(zip(self.info["weights"], self.weights, strict=True)),
+            kv_cache_info=self.info,
+            target=str(self.target),
+            report=self.report,
+            tokenizer_json=None if self.tokenizer is None else self.tokenizer.json,
+            tokenizer=spec,
+            default_capacity=self.default_capacity,
+        )
+
+    def library(self, device: str = "cpu") -> CompiledLibrary:
+        """The library in this process, without a file between."""
+        from .runtime import CompiledLibrary
+        from .runtime.device import parse_device
+        from .runtime.manifest import TokenizerSpec
+        from .runtime.tokenizer import TextTokenizer
+
+        text, eos = None, ()
+        if self.tokenizer is not None:
+            eos = self.tokenizer.eos_token_ids
+            spec = TokenizerSpec(eos, self.tokenizer.bos_token_id, self.tokenizer.chat_template)
+            text = TextTokenizer(self.tokenizer.json, spec)
+        return CompiledLibrary(
+            self.executable.jit(),
+            self.weights,
+            parse_device(device),
+            tokenizer=text,
+            eos_token_ids=eos,
+            report=self.report,
+            default_capacity=self.default_capacity,
+        )
+
+    def session(self, batch: int = 1, capacity: int | None = None, device: str = "cpu") -> Session:
+        """A session over ``library(device)``."""
+        return self.library(device).session(batch, capacity)
+
+
+def compile(  # noqa: A001  (users write rotquant_tvm.compile)
+    model: str | os.PathLike[str] | PreTrainedModel | ImportedModel,
+    kv_cache: str | KVCacheConfig = "rq3",
+    target: str | tvm.target.Target = "llvm",
+    *,
+    kv_layers: str | None = None,
+    capacity: int = DEFAULT_CAPACITY,
+    dtype: str = "float32",
+    hooks: PassHooks | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compile a decoder model.
+
+    ``model``: a transformers causal LM, its directory, a .gguf file, or what ``import_model`` returned. ``kv_cache``:
+    ``K`` or ``K/V`` in the spelling of ``KVFormat.parse``; ``kv_layers`` overrides layers (``"0,-1=f16"``).
+    ``target``: ``"llvm"`` (this CPU), ``"cuda"`` (this GPU) or any TVM target of these kinds. ``capacity``: tokens per
+    sequence of a session that names none. ``dtype`` of the weights when they come from files. ``progress`` is called
+    with the name of each stage. Raises ``UsageError``, ``FormatError`` or ``ModelError``.
+    """
+    config = kv_cache if isinstance(kv_cache, KVCacheConfig) else KVCacheConfig.parse(kv_cache, kv_layers)
+    if capacity < 1:
+        raise UsageError(f"the capacity is {capacity} tokens; it must be 1 or more")
+    target = resolve_target(target)
+    hooks = hooks or PassHooks()
+    stages = _Stages(progress)
+    stages.start("import")
+    imported = model if isinstance(model, ImportedModel) else import_model(model, dtype=dtype)
+    mod = _with_limit(imported)
+    stages.start("rewrite the KV cache")
+    mod = run_passes(mod, kv_passes(config, target), target, hooks)
+    stages.start("pack weights")
+    mod, weights = _final_weights(mod, imported.weights)
+    stages.start("schedule")
+    mod = run_passes(mod, operator_passes(target), target, hooks)
+    stages.start("generate code")
+    with tvm.transform.PassContext(opt_level=3, disabled_pass=list(DISABLED_PASSES)):
+        executable = tvm.compile(mod, target)
+    stages.start("")
+    from .passes.quantize_kv_cache import read_cache_info
+
+    info = read_cache_info(mod)
+    report = compile_report(info, imported.config, target, stages.seconds, mod)
+    limit = imported.config["max_position"]
+    return CompiledModel(
+        executable,
+        info,
+        weights,
+        report,
+        target,
+        imported.tokenizer,
+        min(capacity, limit) if limit else capacity,
+    )
+
+
+class _Stages:
+    """Times the stages of a compile and tells their names as they begin."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress, self.seconds = progress, {}
+        self._name, self._since = "", time.perf_counter()
+
+    def start(self, name: str) -> None:
+        now = time.perf_counter()
+        if self._name:
+            self.seconds[self._name] = now - self._since
+        self._name, self._since = name, now
+        if name and self.progress is not None:
+            self.progress(name)
+
+
+def _with_limit(imported: ImportedModel) -> tvm.IRModule:
+    limit = imported.config["max_position"]
+    if limit is None:
+        return imported.mod
+    return tvm.IRModule(
+        {g: f.with_attr("rotquant.max_position", int(limit)) if g.name_hint == "main" else f
+         for g, f in imported.mod.functions_items()}
+    )
+
+
+def _final_weights(mod: tvm.IRModule, weights: list[np.ndarray]) -> tuple[tvm.IRModule, list[np.ndarray]]:
+    """The weights as the rewritten functions take them, and the module describing them."""
+    from .passes.pack_linear_weights import make_weights, weight_recipes
+    from .passes.quantize_kv_cache import read_cache_info, with_cache_info
+
+    recipes = weight_recipes(mod["decode"])
+    if recipes != weight_recipes(mod["prefill"]):
+        raise RuntimeError("prefill and decode disagree about the packed weights")
+    final = [np.asarray(w) for w in make_weights(mod["decode"], weights)]
+    info = read_cache_info(mod)
+    info["weights"] = [f"weight_{i:04d}" for i in range(len(final))]
+    return with_cache_info(mod, info), final

@@ -1,0 +1,104 @@
+"""Model directories: what is read from them, and what is wrong with those that cannot be read."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from rotquant_tvm.errors import ModelError
+from rotquant_tvm.frontend import import_model
+
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }} {{ message['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant {% endif %}"
+)
+
+
+def _tokenizer(**arguments):
+    words = ["<unk>", "<s>", "</s>", "<|start|>", "<|end|>", "user", "assistant", "hello"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(words[:5])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **arguments
+    )
+
+
+def test_directory_without_tokenizer_in_half_precision(tiny, tmp_path):
+    model = tiny("Llama")
+    model.save_pretrained(tmp_path)
+    imported = import_model(str(tmp_path), dtype="float16")
+    assert imported.tokenizer is None
+    saved = {name: parameter.detach().half().numpy() for name, parameter in model.named_parameters()}
+    assert set(imported.weight_names) == set(saved)
+    for name, weight in zip(imported.weight_names, imported.weights, strict=True):
+        np.testing.assert_array_equal(weight, saved[name])
+
+
+def test_directory_with_tokenizer(tiny, tmp_path):
+    model = tiny("Llama")
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(tmp_path)
+    _tokenizer(chat_template=TEMPLATE).save_pretrained(tmp_path)
+    data = import_model(tmp_path).tokenizer
+    assert data.eos_token_ids == (2, 4, 7)  # the tokenizer's, the chat template's, the generation config's
+    assert data.bos_token_id == 1
+    assert data.chat_template == TEMPLATE
+    assert Tokenizer.from_str(data.json).encode("<|start|> user hello <|end|>").ids == [3, 5, 7, 4]
+
+
+def test_chat_template_that_refuses_leaves_the_other_ids(tiny, tmp_path):
+    tiny("Llama").save_pretrained(tmp_path)
+    _tokenizer(chat_template="{{ raise_exception('no chat here') }}").save_pretrained(tmp_path)
+    assert import_model(tmp_path).tokenizer.eos_token_ids == (2,)
+
+
+def _write_config(path, **config):
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_unusable_directories(tiny, tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        import_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        import_model(tmp_path)
+    _write_config(tmp_path, hidden_size=64)
+    with pytest.raises(ModelError, match="names no model_type"):
+        import_model(tmp_path)
+    _write_config(tmp_path, model_type="perpetuum")
+    with pytest.raises(ModelError, match="does not know the model type 'perpetuum'"):
+        import_model(tmp_path)
+    _write_config(tmp_path, model_type="t5", is_encoder_decoder=True)
+    with pytest.raises(ModelError, match="'t5' is an encoder-decoder"):
+        import_model(tmp_path)
+    _write_config(tmp_path, **tiny("Llama").config.to_dict())
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*no file"):
+        import_model(tmp_path)
+
+
+def test_damaged_and_missing_weights(tiny, tmp_path):
+    model = tiny("Llama")
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        import_model(tmp_path)
+    state = model.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ModelError, match=r"lacks the weight 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        import_model(tmp_path)
+
+
+def test_paths_that_are_no_model(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        import_model(tmp_path / "absent")
+    (tmp_path / "model.txt").write_text("text")
+    with pytest.raises(ModelError, match="is not a model"):
+        import_model(tmp_path / "model.txt")
