@@ -132,8 +132,9 @@ class _LinearKernel:
         vectors = self.spec.tile // self.lanes
         while rows * vectors > self.sums:
             vectors //= 2
-        for column in range(0, self.spec.tile, vectors * self.lanes):
-            self._block(x, base, row, tile, column, rows, vectors)
+        columns = vectors * self.lanes
+        with T.serial(self.spec.tile // columns) as block:
+            self._block(x, base, row, tile, block * columns, rows, vectors)
 
     def _float32_rows(self, row: tirx.Expr, rows: int) -> tuple[tirx.Buffer, tirx.Expr]:
         """Return x itself, or its rows widened once into a scratch buffer: scalar conversions are slow."""
@@ -149,7 +150,7 @@ class _LinearKernel:
                 T.buffer_store(wide, value, [r, columns])
         return wide, tirx.const(0, "int64")
 
-    def _block(self, x, base, row, tile, column: int, rows: int, vectors: int) -> None:
+    def _block(self, x, base, row, tile, column, rows: int, vectors: int) -> None:
         sums = T.alloc_buffer((rows, vectors * self.lanes), "float32", scope="local")
         for r, v in np.ndindex(rows, vectors):
             T.buffer_store(sums, T.Broadcast(T.float32(0), self.lanes), [r, self._lane(v)])
@@ -161,7 +162,7 @@ class _LinearKernel:
                 T.buffer_store(sums, sums[r, self._lane(v)] + product, [r, self._lane(v)])
         self._store(sums, row, tile, column, 0)
 
-    def _store(self, sums: tirx.Buffer, row, tile, column: int, layer: int) -> None:
+    def _store(self, sums: tirx.Buffer, row, tile, column, layer: int) -> None:
         """Write to the layer that the tile belongs to."""
         first, tiles = sum(self.spec.tiles[:layer]), self.spec.tiles[layer]
         if layer + 1 == len(self.spec.tiles):

@@ -28,8 +28,9 @@ class RowReduction:
         last = blocks[-1]
         row = sch.fuse(*sch.get_loops(last.block_rv)[:rows])
         sch.parallel(row)
-        for block in reversed(blocks[:-1]):
-            sch.compute_at(block.block_rv, row)
+        for block in reversed(blocks):
+            if block is not last:
+                sch.compute_at(block.block_rv, row)
             if partial.get(block.name) is not None:
                 sch.compute_at(partial[block.name], row)
                 _vectorize_partial(sch, partial[block.name])

@@ -21,7 +21,8 @@ _SCHEDULED = "tirx.is_scheduled"
 class ScheduleForLLVM:
     """Apply the rules to the unscheduled PrimFuncs of a module, for ``target`` or else the current target.
 
-    A function that no rule takes is left as it is: correct, on one thread.
+    Reshapes become views first, since TVM recognizes them by their loops. A function that no rule takes keeps
+    its loops: correct, on one thread.
     """
 
     def __init__(self, target: Target | None = None) -> None:
@@ -31,18 +32,14 @@ class ScheduleForLLVM:
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         """Schedule the functions, mark them scheduled and replace their transcendental functions."""
         target = self.target or Target.current(allow_none=False)
+        mod = _reshapes_as_views(mod)
         updated = {}
         for gvar, func in mod.functions_items():
-            if isinstance(func, tirx.PrimFunc) and _wants_schedule(func):
+            if isinstance(func, tirx.PrimFunc) and not (func.attrs and func.attrs.get(_SCHEDULED)):
                 updated[gvar] = schedule(func, target)
         for gvar, func in updated.items():
             mod[gvar] = func
         return mod
-
-
-def _wants_schedule(func: tirx.PrimFunc) -> bool:
-    """Leave reshapes as they are: RewriteDataflowReshape knows them by their loops and drops the copy."""
-    return not (func.attrs and func.attrs.get(_SCHEDULED)) and not relax.analysis.has_reshape_pattern(func)
 
 
 def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
@@ -56,3 +53,10 @@ def schedule(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
             scheduled = serial_when_small(vectorizable_math(sch.mod["main"]))
             return scheduled.with_attr(_SCHEDULED, True)
     return vectorizable_math(func)
+
+
+def _reshapes_as_views(mod: tvm.IRModule) -> tvm.IRModule:
+    try:
+        return relax.transform.RewriteDataflowReshape()(mod)
+    except tvm.error.InternalError:  # it fails on symbolic shapes that it cannot prove divisible
+        return mod

@@ -38,17 +38,19 @@ def tokenizer_data(tokenizer: Any, model: Any) -> TokenizerData:
         eos = getattr(config, "eos_token_id", None)
         ends.update(eos if isinstance(eos, (list, tuple)) else [eos])
     template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by purpose
+        template = template.get("default")
     return TokenizerData(
         json=backend.to_str(),
         eos_token_ids=tuple(sorted(int(end) for end in ends if end is not None)),
         bos_token_id=tokenizer.bos_token_id,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=template or None,
     )
 
 
 def _chat_end_id(tokenizer: Any) -> int | None:
     """Find the special token that the chat template puts right after an assistant's message, or None."""
-    if not isinstance(tokenizer.chat_template, str):
+    if not tokenizer.chat_template:
         return None
     mark = "rotquantanswer"
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]

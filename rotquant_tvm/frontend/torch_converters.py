@@ -119,5 +119,4 @@ CONVERTERS: dict[str, Converter] = {
     "to.other": _cast,
     "_to_copy.default": _cast,
     "alias.default": _same,
-    "detach_.default": _same,
 }
