@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,31 +10,9 @@ import tvm
 from tvm import relax
 
 from rotquant_tvm import ops
-from rotquant_tvm.formats import Codec, KVFormat, Rotation
-
-SITE_ATTR = "rotquant.site"
-OP_ATTR = "rotquant.op"
-
-
-@dataclass(frozen=True)
-class SiteShape:
-    """What the kernels of an attention site are specialized on (everything but the tensors)."""
-
-    k: str
-    v: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None
-    dtype: str
-    chunk: bool = False
-
-    def codecs(self) -> tuple[Codec, Codec]:
-        """Codecs of this shape; their rotations have the right structure but are not the site's."""
-        k, v = KVFormat.parse(self.k), KVFormat.parse(self.v)
-        return k.codec(self.head_dim), v.codec(self.head_dim)
-
+from rotquant_tvm.errors import RotQuantError
+from rotquant_tvm.formats import Codec, Rotation
+from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 class KernelLibrary:
     """Adds kernels for one target to the module of a ``BlockBuilder``, each once."""
@@ -50,7 +27,7 @@ class KernelLibrary:
         if key not in self._known:
             func = build().without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
             if shape is not None:
-                func = func.with_attr(SITE_ATTR, json.dumps(asdict(shape)))
+                func = shape.attach(func)
             self._known[key] = self._builder.add_func(func, "kv_" + str(key[0]))
         return self._known[key]
 
@@ -95,16 +72,17 @@ class KernelLibrary:
         return self._add(("attention_dense", shape), build, shape)
 
     def attention_packed(self, shape: SiteShape, splits: int) -> tvm.ir.GlobalVar:
-        """``ops.attention_prefill`` for a chunk, else ``ops.attention_decode``."""
+        """``ops.attention_prefill`` for a chunk, else ``ops.attention_decode`` in ``splits``; it carries its shape."""
         common = (*shape.codecs(), shape.heads, shape.kv_heads, shape.scale, shape.dtype, self.axes)
         if shape.chunk:
             return self._add(
                 ("attention_prefill", shape), lambda: ops.attention_prefill(*common, window=shape.window), shape
             )
+        shape = replace(shape, splits=splits)
         return self._add(
-            ("attention_decode", shape, splits),
+            ("attention_decode", shape),
             lambda: ops.attention_decode(*common, splits=splits, window=shape.window),
-            replace(shape, chunk=False),
+            shape,
         )
 
 
@@ -127,5 +105,8 @@ def kernel_of(mod: tvm.IRModule, value: Any) -> tuple[str, tvm.tirx.PrimFunc] | 
 
 
 def site_shape(func: tvm.tirx.PrimFunc) -> SiteShape:
-    """The ``SiteShape`` that a kernel carries."""
-    return SiteShape(**json.loads(str(func.attrs[SITE_ATTR])))
+    """The ``SiteShape`` that an attention kernel carries."""
+    shape = SiteShape.of(func)
+    if shape is None:
+        raise RotQuantError("an attention kernel lacks its site's shape")
+    return shape

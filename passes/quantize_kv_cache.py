@@ -17,10 +17,11 @@ from rotquant_tvm.errors import ModelError
 from rotquant_tvm.formats import VERSION as LAYOUT_VERSION
 from rotquant_tvm.formats import Codec, TileLayout
 from rotquant_tvm.kv_cache_config import KVCacheConfig
+from rotquant_tvm.ops.site_shape import SiteShape
 
 from .binding_copy import BindingCopy
 from .find_attention import AttentionSite, dataflow_graph, find_attention
-from .kv_kernels import KernelLibrary, SiteShape, rotation_constant
+from .kv_kernels import KernelLibrary, rotation_constant
 
 INFO_VERSION = 1
 

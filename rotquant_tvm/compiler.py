@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ import tvm
 from .errors import UsageError
 from .frontend import ImportedModel, TokenizerData, import_model
 from .kv_cache_config import KVCacheConfig
-from .pipeline import DISABLED_PASSES, PassHooks, kv_passes, operator_passes, resolve_target, run_passes
+from .pass_hooks import PassHooks
+from .pipeline import check_pass_names, kv_passes, operator_passes, pass_context, run_passes
 from .report import compile_report
+from .target import resolve_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +32,9 @@ Progress = Callable[[str], None]
 class CompiledModel:
     """A compiled library with its weights, ready to save or to run.
 
-    Attributes: ``executable`` (TVM's), ``info`` (what ``kv_cache_info()`` returns), ``weights`` (as the library
-    takes them), ``report`` (formats, true bits, bytes, kernels, times; plain data), ``target``, ``tokenizer``.
+    Attributes: ``executable`` (TVM's), ``info`` (what ``kv_cache_info()`` returns), ``weights`` (as the
+    library takes them), ``report`` (formats, true bits, bytes, kernels, times; plain data), ``target``,
+    ``tokenizer``.
     """
 
     executable: Any
@@ -64,7 +67,7 @@ class CompiledModel:
         )
 
     def library(self, device: str = "cpu") -> CompiledLibrary:
-        """The library in this process, without a file between."""
+        """Return the library in this process, without a file between."""
         from .runtime import CompiledLibrary
         from .runtime.device import parse_device
         from .runtime.manifest import TokenizerSpec
@@ -86,11 +89,11 @@ class CompiledModel:
         )
 
     def session(self, batch: int = 1, capacity: int | None = None, device: str = "cpu") -> Session:
-        """A session over ``library(device)``."""
+        """Start a session over ``library(device)``."""
         return self.library(device).session(batch, capacity)
 
 
-def compile(  # noqa: A001  (users write rotquant_tvm.compile)
+def compile(
     model: str | os.PathLike[str] | PreTrainedModel | ImportedModel,
     kv_cache: str | KVCacheConfig = "rq3",
     target: str | tvm.target.Target = "llvm",
@@ -98,34 +101,40 @@ def compile(  # noqa: A001  (users write rotquant_tvm.compile)
     kv_layers: str | None = None,
     capacity: int = DEFAULT_CAPACITY,
     dtype: str = "float32",
+    opt_level: int = 3,
+    pass_config: Mapping[str, Any] | None = None,
     hooks: PassHooks | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile a decoder model.
 
-    ``model``: a transformers causal LM, its directory, a .gguf file, or what ``import_model`` returned. ``kv_cache``:
-    ``K`` or ``K/V`` in the spelling of ``KVFormat.parse``; ``kv_layers`` overrides layers (``"0,-1=f16"``).
-    ``target``: ``"llvm"`` (this CPU), ``"cuda"`` (this GPU) or any TVM target of these kinds. ``capacity``: tokens per
-    sequence of a session that names none. ``dtype`` of the weights when they come from files. ``progress`` is called
-    with the name of each stage. Raises ``UsageError``, ``FormatError`` or ``ModelError``.
+    ``model``: a transformers causal LM, its directory, a .gguf file, or what ``import_model`` returned.
+    ``kv_cache``: ``K`` or ``K/V`` in the spelling of ``KVFormat.parse``; ``kv_layers`` overrides layers
+    (``"0,-1=f16"``). ``target``: ``"llvm"`` (this CPU), ``"cuda"`` (this GPU) or any TVM target of these kinds.
+    ``capacity``: tokens per sequence of a session that names none. ``dtype`` of the weights when they come
+    from files. ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes. ``progress`` is
+    called with the name of each stage. Raises ``UsageError``, ``FormatError``, ``ModelError`` or
+    ``DeviceError``.
     """
     config = kv_cache if isinstance(kv_cache, KVCacheConfig) else KVCacheConfig.parse(kv_cache, kv_layers)
     if capacity < 1:
         raise UsageError(f"the capacity is {capacity} tokens; it must be 1 or more")
     target = resolve_target(target)
     hooks = hooks or PassHooks()
+    check_pass_names(hooks.disabled, target)
+    context = pass_context(hooks, opt_level, pass_config)
     stages = _Stages(progress)
     stages.start("import")
     imported = model if isinstance(model, ImportedModel) else import_model(model, dtype=dtype)
     mod = _with_limit(imported)
-    stages.start("rewrite the KV cache")
-    mod = run_passes(mod, kv_passes(config, target), target, hooks)
-    stages.start("pack weights")
-    mod, weights = _final_weights(mod, imported.weights)
-    stages.start("schedule")
-    mod = run_passes(mod, operator_passes(target), target, hooks)
-    stages.start("generate code")
-    with tvm.transform.PassContext(opt_level=3, disabled_pass=list(DISABLED_PASSES)):
+    with context:
+        stages.start("rewrite the KV cache")
+        mod = run_passes(mod, kv_passes(config, target), target)
+        stages.start("pack weights")
+        mod, weights = _final_weights(mod, imported.weights)
+        stages.start("schedule")
+        mod = run_passes(mod, operator_passes(target), target)
+        stages.start("generate code")
         executable = tvm.compile(mod, target)
     stages.start("")
     from .passes.quantize_kv_cache import read_cache_info
@@ -171,7 +180,7 @@ def _with_limit(imported: ImportedModel) -> tvm.IRModule:
 
 
 def _final_weights(mod: tvm.IRModule, weights: list[np.ndarray]) -> tuple[tvm.IRModule, list[np.ndarray]]:
-    """The weights as the rewritten functions take them, and the module describing them."""
+    """Return the weights as the rewritten functions take them, and the module describing them."""
     from .passes.pack_linear_weights import make_weights, weight_recipes
     from .passes.quantize_kv_cache import read_cache_info, with_cache_info
 

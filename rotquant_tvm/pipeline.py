@@ -2,60 +2,37 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from .errors import UsageError
 from .kv_cache_config import KVCacheConfig
+from .pass_hooks import PassHooks
+from .target import resolve_target
 
-# RewriteDataflowReshape cannot prove shapes with a symbolic batch and length divisible; reshapes stay calls then.
+__all__ = [
+    "check_pass_names",
+    "kv_passes",
+    "operator_passes",
+    "pass_context",
+    "pass_names",
+    "resolve_target",
+    "run_passes",
+]
+
+# RewriteDataflowReshape cannot prove shapes with a symbolic batch and length divisible; reshapes stay calls.
 DISABLED_PASSES = ("RewriteDataflowReshape",)
-
-
-@dataclass(frozen=True)
-class PassHooks:
-    """What the pipeline does around its passes: called with a pass's name and the module."""
-
-    before: Callable[[str, tvm.IRModule], None] | None = None
-    after: Callable[[str, tvm.IRModule], None] | None = None
-    disabled: Sequence[str] = field(default_factory=tuple)
-
-
-def resolve_target(target: str | tvm.target.Target) -> tvm.target.Target:
-    """A full target from what users write: ``"llvm"`` means this CPU, ``"cuda"`` the GPU at hand.
-
-    Raises ``UsageError`` for another kind, or one that TVM does not know.
-    """
-    if not isinstance(target, tvm.target.Target):
-        try:
-            if target == "llvm":
-                target = host_target()
-            elif target == "cuda":
-                target = tvm.target.Target.from_device("cuda")
-            else:
-                target = tvm.target.Target(target)
-        except Exception as error:
-            raise UsageError(f"unknown target '{target}': {str(error).splitlines()[-1]}") from error
-    if target.kind.name not in ("llvm", "cuda"):
-        raise UsageError(f"target kind '{target.kind.name}' is not supported; use llvm or cuda")
-    if target.kind.name == "cuda" and target.host is None:
-        target = target.with_host(host_target())
-    return target
-
-
-def host_target() -> tvm.target.Target:
-    """This machine's CPU, with all of its vector extensions and cores."""
-    cpu = tvm.get_global_func("target.llvm_get_system_cpu", allow_missing=True)
-    name = str(cpu()) if cpu is not None else "generic"
-    return tvm.target.Target({"kind": "llvm", "mcpu": name, "num-cores": os.cpu_count() or 1})
+REQUIRED_PASSES = ("QuantizeKVCache", "LegalizeOps")
 
 
 def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.transform.Pass]:
-    """The project's passes on the model's graph, in order."""
+    """Return the project's passes on the model's graph, in order."""
     from .passes.find_attention import FindAttention
     from .passes.hoist_rotation import HoistRotation
     from .passes.lower_kv_ops import LowerKVOps
@@ -80,28 +57,80 @@ def operator_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
     ]
     if target.kind.name == "llvm":
         from .schedules.schedule_for_llvm import ScheduleForLLVM
+        from .schedules.vector_kv_kernels import VectorKVKernels
 
-        passes.append(ScheduleForLLVM(target))
+        passes += [VectorKVKernels(target), ScheduleForLLVM(target)]
     else:
         from tvm.s_tir import dlight as dl
 
-        rules = (dl.gpu.Matmul(), dl.gpu.GEMV(), dl.gpu.Reduction(), dl.gpu.GeneralReduction(), dl.gpu.Fallback())
+        gpu = dl.gpu
+        rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
         passes.append(dl.ApplyDefaultSchedule(*rules))
     return passes
 
 
 def run_passes(
-    mod: tvm.IRModule, passes: Sequence[tvm.transform.Pass], target: tvm.target.Target, hooks: PassHooks
+    mod: tvm.IRModule, passes: Sequence[tvm.transform.Pass], target: tvm.target.Target
 ) -> tvm.IRModule:
-    """Apply passes one by one, with the hooks around each; a disabled pass is left out."""
+    """Apply passes one by one under ``target``; hooks act through the pass context."""
     with target:
         for step in passes:
-            name = step.info.name
-            if name in hooks.disabled:
-                continue
-            if hooks.before is not None:
-                hooks.before(name, mod)
             mod = step(mod)
-            if hooks.after is not None:
-                hooks.after(name, mod)
     return mod
+
+
+def pass_context(
+    hooks: PassHooks, opt_level: int = 3, config: Mapping[str, Any] | None = None
+) -> tvm.transform.PassContext:
+    """Return the context that a whole compile runs in.
+
+    ``config``: TVM's pass configuration, e.g. ``{"tirx.disable_vectorize": True}``. Raises ``UsageError`` for a
+    key or value that TVM does not know, an ``opt_level`` outside 0 to 3 and a disabled pass that must not be.
+    """
+    if opt_level not in range(4):
+        raise UsageError(f"the optimization level is {opt_level!r}; it must be 0, 1, 2 or 3")
+    for name in hooks.disabled:
+        if name in REQUIRED_PASSES:
+            raise UsageError(f"pass {name} cannot be disabled: nothing works without it")
+    for key in config or {}:
+        if key not in (known := json.loads(tvm.transform.PassContext.list_configs())):
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
+            raise UsageError(f"unknown pass configuration '{key}'; did you mean {' or '.join(near)}?")
+    try:
+        return tvm.transform.PassContext(
+            opt_level=opt_level,
+            config=dict(config or {}),
+            disabled_pass=list(DISABLED_PASSES),
+            instruments=hooks.instruments(),
+        )
+    except Exception as error:
+        raise UsageError(f"bad pass configuration: {str(error).splitlines()[-1]}") from error
+
+
+def pass_names(target: tvm.target.Target) -> list[str]:
+    """Names of the pipeline's own passes, in order; TVM runs more inside them and after them."""
+    steps = [*kv_passes(KVCacheConfig.parse("f16"), target), *operator_passes(target)]
+    return [str(step.info.name) for step in steps]
+
+
+def check_pass_names(names: Iterable[str], target: tvm.target.Target) -> None:
+    """Raise ``UsageError`` for a name that is neither the pipeline's nor one of TVM's passes."""
+    own = pass_names(target)
+    for name in names:
+        if name not in own and name not in (inner := _tvm_pass_names()):
+            near = difflib.get_close_matches(name, [*own, *inner], n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UsageError(
+                f"unknown pass '{name}'; {hint}The pipeline's passes: {', '.join(own)}; TVM's inside them go "
+                "by names like tirx.VectorizeLoop"
+            )
+
+
+def _tvm_pass_names() -> set[str]:
+    """TVM keeps no list of its passes, but each is made by a registered function of its name."""
+    names = set()
+    for name in tvm_ffi.registry.list_global_func_names():
+        dialect, _, rest = name.partition(".transform.")
+        if dialect in ("relax", "tirx", "s_tir") and rest:
+            names.add(rest if dialect == "relax" else f"{dialect}.{rest}")
+    return names

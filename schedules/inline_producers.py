@@ -13,15 +13,16 @@ _CHEAP = ("tirx.if_then_else", "tirx.abs", "tirx.fabs", "tirx.isnan", "tirx.like
 def inline_producers(sch: s_tir.Schedule) -> list[SBlockInfo] | None:
     """Inline what can be inlined; return the remaining blocks in order, None for a function without blocks.
 
-    A block with a division, an exp or another such operation stays if several blocks read it, or if its reader
-    repeats each of its elements (one 1 / norm per row, say).
+    A block with a division, an exp or another such operation stays if several blocks read it, or if its
+    reader repeats each of its elements (one 1 / norm per row, say).
     """
     infos = normalize_prim_func(sch)
     if infos is None:
         return None
     remaining = []
     for position, info in enumerate(infos):
-        if not (info.is_injective() and _worth_inlining(sch, info, infos[position + 1 :]) and _inline(sch, info)):
+        worth = info.is_injective() and _worth_inlining(sch, info, infos[position + 1 :])
+        if not (worth and _inline(sch, info)):
             remaining.append(info)
     return remaining
 

@@ -24,7 +24,8 @@ class RowReduction:
         if not rows:
             return None
         lanes = VectorTarget.of(target).lanes
-        partial = {block.name: _partial_sums(sch, block, lanes) for block in blocks if not block.is_injective()}
+        reductions = [block for block in blocks if not block.is_injective()]
+        partial = {block.name: _partial_results(sch, block, lanes) for block in reductions}
         last = blocks[-1]
         row = sch.fuse(*sch.get_loops(last.block_rv)[:rows])
         sch.parallel(row)
@@ -50,7 +51,7 @@ def _shared_rows(blocks: list[SBlockInfo]) -> int:
     return count
 
 
-def _partial_sums(sch: s_tir.Schedule, block: SBlockInfo, lanes: int) -> s_tir.schedule.SBlockRV | None:
+def _partial_results(sch: s_tir.Schedule, block: SBlockInfo, lanes: int) -> s_tir.schedule.SBlockRV | None:
     """Reduce to a vector of partial results in a block of its own, and then across its lanes."""
     reductions = [it for it in block.iters if it.kind == "R"]
     if len(reductions) != 1 or not isinstance(reductions[0].dom, int):

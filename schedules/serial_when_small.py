@@ -17,7 +17,9 @@ def serial_when_small(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
     With symbolic extents this is decided at each call, so the function holds both versions of its body.
     """
-    elements = functools.reduce(lambda a, b: a * b, func.params[-1].ty.shape, tirx.const(1, "int64"))
+    output = [param for param in func.params if _shape(param)][-1:]  # scalars may follow it
+    extents = _shape(output[0]) if output else []
+    elements = functools.reduce(lambda a, b: a * b, extents, tirx.const(1, "int64"))
     elements = tvm.sym.Analyzer().simplify(elements)
     if isinstance(elements, tirx.IntImm):
         return func.with_body(_serial(func.body)) if int(elements) <= SMALL else func
@@ -32,9 +34,13 @@ def _copy(func: tirx.PrimFunc) -> tirx.Stmt:
     same: dict[tvm.ir.Var, tvm.ir.Expr] = {}
     for new, old in zip(other.params, func.params, strict=True):
         same[new] = old
-        shapes = zip(getattr(new.ty, "shape", ()), getattr(old.ty, "shape", ()), strict=True)  # none: a scalar
-        same.update((n, o) for n, o in shapes if isinstance(n, tvm.ir.Var))
+        extents = zip(_shape(new), _shape(old), strict=True)
+        same.update((n, o) for n, o in extents if isinstance(n, tvm.ir.Var))
     return tvm_ffi.structural_map(other.body, (tvm.ir.Var, lambda var: same.get(var, var)))
+
+
+def _shape(param: tvm.ir.Var) -> list[tvm.ir.Expr]:
+    return list(getattr(param.ty, "shape", ()))  # a scalar parameter has none
 
 
 def _serial(body: tirx.Stmt) -> tirx.Stmt:

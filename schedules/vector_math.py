@@ -83,7 +83,7 @@ def _power_of_two(n: tirx.Expr) -> tirx.Expr:
 
 
 def exp(x: tirx.Expr) -> tirx.Expr:
-    """Return exp(x) of a float32: 2^n times a polynomial of r in [-ln 2 / 2, ln 2 / 2] with x = n ln 2 + r."""
+    """Exponential of a float32: 2^n times a polynomial of r, with x = n ln 2 + r and abs(r) <= ln 2 / 2."""
 
     def scaled(n: tirx.Var, r: tirx.Var) -> tirx.Expr:
         # In two factors, so that results below the smallest normal number come out and 2^128 does not wrap.
@@ -109,12 +109,12 @@ def exp(x: tirx.Expr) -> tirx.Expr:
 
 
 def sigmoid(x: tirx.Expr) -> tirx.Expr:
-    """Return 1 / (1 + exp(-x)) of a float32."""
+    """Logistic function of a float32: 1 / (1 + exp(-x)), which is 0 below -88.7."""
     return _f32(1) / (_f32(1) + exp(_f32(0) - x))
 
 
 def tanh(x: tirx.Expr) -> tirx.Expr:
-    """Return tanh(x) of a float32: a polynomial near 0, else 1 - 2 / (exp(2 x) + 1)."""
+    """Hyperbolic tangent of a float32: a polynomial near 0, else 1 - 2 / (exp(2 x) + 1)."""
 
     def body(x: tirx.Var) -> tirx.Expr:
         small = _let(x * x, lambda s: x + x * s * _horner(s, _TANH))
@@ -125,7 +125,7 @@ def tanh(x: tirx.Expr) -> tirx.Expr:
 
 
 def erf(x: tirx.Expr) -> tirx.Expr:
-    """Return erf(x) of a float32: a polynomial near 0, else 1 - exp(-x²) times a polynomial of 1 / (1 + |x|)."""
+    """Error function of a float32: a polynomial near 0, else 1 - exp(-x²) p(1 / (1 + abs(x)))."""
 
     def tail(a: tirx.Var) -> tirx.Expr:
         beyond = _let(_f32(1) / (_f32(1) + a), lambda t: _horner(t, _ERFC))

@@ -66,7 +66,7 @@ def attention_decode(
             with axes.lanes(group) as row:
                 T.buffer_store(sums, state.peak[row], [b, head, split, row, 0])
                 T.buffer_store(sums, state.total[row], [b, head, split, row, 1])
-        _merge(axes, partial, sums, out, (batch, kv_heads, splits, group, head_dim), dtype)
+        merge_splits(axes, partial, sums, out, (batch, kv_heads, splits, group, head_dim), dtype)
     return builder.get()
 
 
@@ -97,7 +97,7 @@ def _stream(
             )
 
 
-def _merge(axes: Axes, partial: Any, sums: Any, out: Any, shape: tuple[Any, ...], dtype: str) -> None:
+def merge_splits(axes: Axes, partial: Any, sums: Any, out: Any, shape: tuple[Any, ...], dtype: str) -> None:
     """Merge the splits' partial outputs by their log-sum-exp."""
     batch, kv_heads, splits, group, head_dim = shape
     with axes.blocks(batch * (kv_heads * group)) as block, T.sblock("merge"):

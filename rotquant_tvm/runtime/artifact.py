@@ -23,12 +23,11 @@ import safetensors.numpy
 import tvm
 from safetensors import SafetensorError, safe_open
 
+from rotquant_tvm.artifact_folder import MANIFEST_FILE, check_output
 from rotquant_tvm.errors import ArtifactError, UsageError
 from rotquant_tvm.runtime.cache_info import KVCacheInfo
 from rotquant_tvm.runtime.manifest import (
-    FORMAT,
     LIBRARY_FILE,
-    MANIFEST_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     FileRecord,
@@ -125,21 +124,6 @@ def write_artifact(
     return Artifact(final, manifest)
 
 
-def check_output(path: str | os.PathLike[str]) -> None:
-    """Raise UsageError if an artifact could not be written at ``path``; meant for before a long compile."""
-    final = Path(path).resolve()
-    if final.is_dir():
-        if any(final.iterdir()) and not _is_artifact(final):
-            raise UsageError(f"{final} is a folder with other files; choose another output")
-    elif final.exists():
-        raise UsageError(f"{final} exists and is no artifact; choose another output")
-    ancestor = final.parent
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write {final}: {ancestor} is not a writable folder; choose another output")
-
-
 def read_artifact(path: str | os.PathLike[str], verify: bool = True) -> Artifact:
     """Open the artifact at ``path``.
 
@@ -187,13 +171,6 @@ def _write_library(path: Path, library: bytes | Callable[[str], object]) -> None
         path.write_bytes(library)
     else:
         library(str(path))
-
-
-def _is_artifact(folder: Path) -> bool:
-    try:
-        return FORMAT in (folder / MANIFEST_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def _move_into_place(partial: Path, final: Path) -> None:

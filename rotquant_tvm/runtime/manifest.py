@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rotquant_tvm.artifact_folder import FORMAT
 from rotquant_tvm.errors import ArtifactError
 from rotquant_tvm.runtime.cache_info import KVCacheInfo, check_version, entry, positive
 
-FORMAT = "rotquant-tvm-artifact"
 VERSION = 1
-MANIFEST_FILE = "manifest.json"
 LIBRARY_FILE = "model.so"
 WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FILE = "tokenizer.json"

@@ -22,12 +22,15 @@ def target(request) -> Target:
 
 @pytest.fixture
 def run(target):
-    """Compile a PrimFunc, run it on arrays, and return its last ``outputs`` arguments as arrays."""
+    """Compile a PrimFunc (once), run it on arrays, and return its last ``outputs`` arguments as arrays."""
+    libraries = {}
 
     def call(func, *arrays, outputs=1):
-        module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+        if func not in libraries:
+            module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+            libraries[func] = tvm.compile(module, target)
         tensors = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays]
-        tvm.compile(module, target)["main"](*tensors)
+        libraries[func]["main"](*tensors)
         return [t.numpy() for t in tensors[-outputs:]]
 
     return call

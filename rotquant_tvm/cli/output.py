@@ -1,0 +1,138 @@
+"""What a command shows: one JSON document or tables on standard output, progress and notes on standard error."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rotquant_tvm.cli.streams import Streams
+
+
+class Advance(Protocol):
+    """Tells a progress bar that its next step begins, by name."""
+
+    def __call__(self, name: str) -> None: ...
+
+
+class Output:
+    """The two streams of one command.
+
+    ``as_json``: standard output gets the one document given to ``result`` and nothing else. ``verbosity``: how
+    many -v were given.
+    """
+
+    def __init__(self, streams: Streams, as_json: bool, verbosity: int) -> None:
+        self.as_json = as_json
+        self.verbosity = verbosity
+        self.streams = streams
+        self._out = Console(file=streams.out, soft_wrap=True, highlight=False)
+        self._err = Console(file=streams.err, soft_wrap=True, highlight=False)
+
+    def result(self, document: dict[str, Any], *shown: Table | str) -> None:
+        """Write the command's result: ``document`` with --json, else the tables and lines ``shown``."""
+        if self.as_json:
+            self.streams.out.write(json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n")
+            self.streams.out.flush()
+            return
+        for part in shown:
+            self._print(self._out, part)
+
+    def text(self, piece: str) -> None:
+        """Write a piece of text to standard output as it is; nothing with --json."""
+        if not self.as_json:
+            self.streams.out.write(piece)
+            self.streams.out.flush()
+
+    def note(self, part: Table | str) -> None:
+        """Write a line or a table to standard error."""
+        self._print(self._err, part)
+
+    def detail(self, line: str) -> None:
+        """Write a line to standard error at -v."""
+        if self.verbosity:
+            self.note(line)
+
+    def error(self, message: str) -> None:
+        """Write the one ``error:`` line."""
+        self.streams.err.write(f"error: {' '.join(message.split())}\n")
+        self.streams.err.flush()
+
+    @contextmanager
+    def steps(self, total: int | None, first: str) -> Iterator[Advance]:
+        """Show progress through ``total`` named steps (None: their number is not known) until the block ends.
+
+        A bar with a clock on a terminal; elsewhere one line per step.
+        """
+        if not self._err.is_terminal:
+            yield self._lines(first)
+            return
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24)]
+        columns += [MofNCompleteColumn()] if total else []
+        bar = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            console=self._err,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        with bar:
+            task = bar.add_task(first, total=total)
+            started = [False]
+
+            def advance(name: str) -> None:
+                bar.update(task, description=name, advance=int(started[0]))
+                started[0] = True
+
+            yield advance
+
+    def _lines(self, first: str) -> Advance:
+        since = time.perf_counter()
+        last = [first]
+        self.note(f"{first} …")
+
+        def advance(name: str) -> None:
+            if name != last[0]:
+                self.note(f"{name} … ({time.perf_counter() - since:.0f} s)")
+            last[0] = name
+
+        return advance
+
+    @staticmethod
+    def _print(console: Console, part: Table | str) -> None:
+        if isinstance(part, str):
+            console.print(part, markup=False)
+        else:
+            # Piped tables are as wide as they need to be: wrapped ones cannot be read by a program.
+            width = None if console.is_terminal else 240
+            console.print(part, width=width, soft_wrap=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> Table:
+    """Build a table; the first ``left`` columns are text, the others numbers, aligned to the right."""
+    built = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        built.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
+    for row in rows:
+        built.add_row(*(_cell(value) for value in row))
+    return built
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "" if value is None else str(value)
+
+
+Render = Callable[[], Sequence[Table | str]]

@@ -1,0 +1,72 @@
+"""Compile targets: what users write as ``--target``, resolved to a full TVM target."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import tvm
+
+from .errors import DeviceError, UsageError
+
+KINDS = ("llvm", "cuda")
+
+
+def resolve_target(target: str | tvm.target.Target) -> tvm.target.Target:
+    """Return a full target from what users write: ``"llvm"`` is this CPU, ``"cuda"`` the GPU at hand.
+
+    Other spellings: ``"llvm -mcpu=x86-64-v3"``, a JSON object, and TVM's tags (``nvidia/nvidia-h100``).
+    Raises ``UsageError`` for another kind or one that TVM does not know, ``DeviceError`` for ``"cuda"``
+    without a GPU.
+    """
+    if not isinstance(target, tvm.target.Target):
+        target = _parse(target.strip())
+    if target.kind.name not in KINDS:
+        raise UsageError(f"target kind '{target.kind.name}' is not supported; use {' or '.join(KINDS)}")
+    if target.kind.name == "cuda" and target.host is None:
+        target = target.with_host(host_target())
+    return target
+
+
+def host_target() -> tvm.target.Target:
+    """Return this machine's CPU, with all of its vector extensions and cores."""
+    cpu = tvm.get_global_func("target.llvm_get_system_cpu", allow_missing=True)
+    name = str(cpu()) if cpu is not None else "generic"
+    return tvm.target.Target({"kind": "llvm", "mcpu": name, "num-cores": os.cpu_count() or 1})
+
+
+def _parse(text: str) -> tvm.target.Target:
+    if text == "llvm":
+        return host_target()
+    if text == "cuda":
+        try:
+            return tvm.target.Target.from_device("cuda")
+        except Exception as error:
+            raise DeviceError(
+                "target 'cuda' means the GPU at hand and there is none here; name one, like "
+                "'nvidia/nvidia-h100' or 'cuda -arch=sm_90a'"
+            ) from error
+    try:
+        return tvm.target.Target(_attributes(text) if " " in text and not text.startswith("{") else text)
+    except Exception as error:
+        raise UsageError(f"unknown target '{text}': {_last_line(error)}") from error
+
+
+def _attributes(text: str) -> dict[str, Any]:
+    """Return the dictionary form of ``kind -key=value …``, which TVM itself no longer reads."""
+    kind, *words = text.split()
+    attributes: dict[str, Any] = {"kind": kind}
+    for word in words:
+        key, sign, value = word.lstrip("-").partition("=")
+        if not word.startswith("-") or not sign or not value:
+            raise UsageError(f"unknown target '{text}': cannot read '{word}'; write it like -mcpu=x86-64-v3")
+        if key in ("keys", "mattr", "libs"):
+            attributes[key] = value.split(",")
+        else:
+            attributes[key] = int(value) if value.isdecimal() else value
+    return attributes
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
