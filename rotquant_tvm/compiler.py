@@ -110,11 +110,11 @@ def compile(
 
     ``model``: a transformers causal LM, its directory, a .gguf file, or what ``import_model`` returned.
     ``kv_cache``: ``K`` or ``K/V`` in the spelling of ``KVFormat.parse``; ``kv_layers`` overrides layers
-    (``"0,-1=f16"``). ``target``: ``"llvm"`` (this CPU), ``"cuda"`` (this GPU) or any TVM target of these kinds.
-    ``capacity``: tokens per sequence of a session that names none. ``dtype`` of the weights when they come
-    from files. ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes. ``progress`` is
-    called with the name of each stage. Raises ``UsageError``, ``FormatError``, ``ModelError`` or
-    ``DeviceError``.
+    (``"0,-1=f16"``). ``target``: ``"llvm"`` (this CPU), ``"cuda"`` (this GPU) or any TVM target of these
+    kinds. ``capacity``: tokens per sequence of a session that names none. ``dtype`` of the weights when they
+    come from files. ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes.
+    ``progress`` is called with the name of each stage. Raises ``UsageError``, ``FormatError``, ``ModelError``
+    or ``DeviceError``.
     """
     config = kv_cache if isinstance(kv_cache, KVCacheConfig) else KVCacheConfig.parse(kv_cache, kv_layers)
     if capacity < 1:
@@ -174,8 +174,10 @@ def _with_limit(imported: ImportedModel) -> tvm.IRModule:
     if limit is None:
         return imported.mod
     return tvm.IRModule(
-        {g: f.with_attr("rotquant.max_position", int(limit)) if g.name_hint == "main" else f
-         for g, f in imported.mod.functions_items()}
+        {
+            g: f.with_attr("rotquant.max_position", int(limit)) if g.name_hint == "main" else f
+            for g, f in imported.mod.functions_items()
+        }
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,17 +83,19 @@ def pass_context(
 ) -> tvm.transform.PassContext:
     """Return the context that a whole compile runs in.
 
-    ``config``: TVM's pass configuration, e.g. ``{"tirx.disable_vectorize": True}``. Raises ``UsageError`` for a
-    key or value that TVM does not know, an ``opt_level`` outside 0 to 3 and a disabled pass that must not be.
+    ``config``: TVM's pass configuration, e.g. ``{"tirx.disable_vectorize": True}``. Raises ``UsageError`` for
+    a key or value that TVM does not know, an ``opt_level`` outside 0 to 3 and a disabled pass that must not
+    be.
     """
     if opt_level not in range(4):
         raise UsageError(f"the optimization level is {opt_level!r}; it must be 0, 1, 2 or 3")
     for name in hooks.disabled:
         if name in REQUIRED_PASSES:
             raise UsageError(f"pass {name} cannot be disabled: nothing works without it")
+    known = sorted(str(key) for key in tvm.transform.PassContext.list_configs())
     for key in config or {}:
-        if key not in (known := json.loads(tvm.transform.PassContext.list_configs())):
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known
             raise UsageError(f"unknown pass configuration '{key}'; did you mean {' or '.join(near)}?")
     try:
         return tvm.transform.PassContext(

@@ -15,13 +15,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from rotquant_tvm import __version__
 from rotquant_tvm.cli.options import Parser, common_options
 from rotquant_tvm.cli.output import Output
-from rotquant_tvm.cli.streams import own_streams
-from rotquant_tvm.errors import RotQuantError
+from rotquant_tvm.cli.streams import Streams, own_streams
+from rotquant_tvm.errors import RotQuantError, UsageError
 
 COMMANDS = ("compile", "run", "formats", "inspect")
 INTERNAL, INTERRUPTED, TERMINATED = 3, 130, 143
@@ -30,36 +29,27 @@ INTERNAL, INTERRUPTED, TERMINATED = 3, 130, 143
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    verbosity = sum(word.count("v") for word in argv if word in ("-v", "-vv", "-vvv"))
-    with own_streams(show_others=verbosity > 1) as streams, _terminable():
-        output = Output(streams, "--json" in argv, verbosity)
-        try:
-            arguments = build_parser(streams.out).parse_args(argv)
-            output = Output(streams, arguments.json, arguments.verbosity)
-            status = importlib.import_module(f"{__package__}.{arguments.command}").execute(arguments, output)
-            streams.out.flush()
-            return int(status)
-        except SystemExit as stop:  # --help and --version; a termination by signal
-            return int(stop.code or 0)
-        except KeyboardInterrupt:
-            output.error("interrupted")
-            return INTERRUPTED
-        except BrokenPipeError:  # the reader of our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), streams.out.fileno())
-            return 0
-        except Exception as error:
-            return _failed(error, output)
+    try:
+        arguments = build_parser().parse_args(argv)
+    except UsageError as error:
+        return _failed(
+            error, Output(Streams(sys.stdout, sys.stderr), "--json" in argv, argv.count("-vv") * 2)
+        )
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    with own_streams(show_others=arguments.verbosity > 1) as streams, _terminable():
+        return _execute(arguments, Output(streams, arguments.json, arguments.verbosity))
 
 
-def build_parser(out: Any = None) -> argparse.ArgumentParser:
-    """Return the grammar of the whole command line; help is printed to ``out``."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the grammar of the whole command line."""
     parser = Parser(
         prog="tvmc",
         description="Compile decoder models with a rotation-quantized, bit-packed KV cache, and run them.",
         allow_abbrev=False,
     )
     version = f"tvmc of rotquant_tvm {__version__}"
-    parser.add_argument("--version", action=_print_action(out, version), help="print the version and exit")
+    parser.add_argument("--version", action="version", version=version, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     common = common_options()
     for name in COMMANDS:
@@ -73,21 +63,27 @@ def build_parser(out: Any = None) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(command)
-    for each in (parser, *commands.choices.values()):
-        each.print_help = lambda file=None, each=each: (file or out or sys.stdout).write(each.format_help())
+        command.set_defaults(execute=module.execute)
     return parser
 
 
-def _print_action(out: Any, text: str) -> type[argparse.Action]:
-    class PrintAndExit(argparse.Action):
-        def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
-            super().__init__(option_strings, dest, nargs=0, **keywords)
-
-        def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-            (out or sys.stdout).write(text + "\n")
-            parser.exit()
-
-    return PrintAndExit
+def _execute(arguments: argparse.Namespace, output: Output) -> int:
+    """Run the command and turn whatever it raises into an exit status and an error line."""
+    try:
+        arguments.execute(arguments, output)
+        output.streams.out.flush()
+        return 0
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        output.error("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), output.streams.out.fileno())
+        return 0
+    except Exception as error:
+        return _failed(error, output)
 
 
 def _failed(error: Exception, output: Output) -> int:
@@ -98,9 +94,8 @@ def _failed(error: Exception, output: Output) -> int:
         status, message = error.exit_status, str(error)
     else:
         status, message = INTERNAL, _internal(error, output.verbosity)
-    document = {"error": {"kind": type(error).__name__, "message": message, "exit_status": status}}
     if output.as_json:
-        output.result(document)
+        output.result({"error": {"kind": type(error).__name__, "message": message, "exit_status": status}})
     output.error(message)
     return status
 

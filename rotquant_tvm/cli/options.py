@@ -38,7 +38,7 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-cache",
         metavar="K[/V]",
-        help="format of keys and values, or of both: rq3, iso3/planar3 (default: rq3; tvmc formats lists them)",
+        help="format of keys and values, or of both: rq3, iso3/planar3 (default: rq3; see tvmc formats)",
     )
     group.add_argument(
         "-ctk",
@@ -62,7 +62,7 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
 
 
 def kv_cache_text(arguments: argparse.Namespace) -> str:
-    """Return the ``K/V`` spelling that --kv-cache or -ctk/-ctv ask for; raises UsageError for both at once."""
+    """Return the ``K/V`` spelling that --kv-cache or -ctk/-ctv ask for; raises UsageError for both."""
     k, v = arguments.cache_type_k, arguments.cache_type_v
     if k is None and v is None:
         return "rq3" if arguments.kv_cache is None else str(arguments.kv_cache)
@@ -95,7 +95,9 @@ def number(least: float, most: float = math.inf, above: bool = False) -> Callabl
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
         if not (least < value if above else least <= value) or not value <= most or math.isinf(value):
-            bounds = f"{'above' if above else 'from'} {least:g}" + (f" to {most:g}" if most < math.inf else " on")
+            bounds = f"{'above' if above else 'from'} {least:g}" + (
+                f" to {most:g}" if most < math.inf else " on"
+            )
             raise argparse.ArgumentTypeError(f"{text} is outside; give a number {bounds}")
         return value
 

@@ -1,4 +1,4 @@
-"""What a command shows: one JSON document or tables on standard output, progress and notes on standard error."""
+"""What a command shows: JSON or tables on standard output, progress and notes on standard error."""
 
 from __future__ import annotations
 
@@ -6,34 +6,38 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, TextIO, TypeAlias
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from rotquant_tvm.cli.streams import Streams
 
-
-class Advance(Protocol):
-    """Tells a progress bar that its next step begins, by name."""
-
-    def __call__(self, name: str) -> None: ...
+Advance: TypeAlias = Callable[[str], None]
+"""Tells a progress bar that its next step begins, by name."""
 
 
 class Output:
     """The two streams of one command.
 
-    ``as_json``: standard output gets the one document given to ``result`` and nothing else. ``verbosity``: how
-    many -v were given.
+    ``as_json``: standard output gets the one document given to ``result`` and nothing else. ``verbosity``:
+    how many -v were given.
     """
 
     def __init__(self, streams: Streams, as_json: bool, verbosity: int) -> None:
         self.as_json = as_json
         self.verbosity = verbosity
         self.streams = streams
-        self._out = Console(file=streams.out, soft_wrap=True, highlight=False)
-        self._err = Console(file=streams.err, soft_wrap=True, highlight=False)
+        self._out = _console(streams.out)
+        self._err = _console(streams.err)
 
     def result(self, document: dict[str, Any], *shown: Table | str) -> None:
         """Write the command's result: ``document`` with --json, else the tables and lines ``shown``."""
@@ -42,7 +46,7 @@ class Output:
             self.streams.out.flush()
             return
         for part in shown:
-            self._print(self._out, part)
+            _print(self._out, part)
 
     def text(self, piece: str) -> None:
         """Write a piece of text to standard output as it is; nothing with --json."""
@@ -52,7 +56,7 @@ class Output:
 
     def note(self, part: Table | str) -> None:
         """Write a line or a table to standard error."""
-        self._print(self._err, part)
+        _print(self._err, part)
 
     def detail(self, line: str) -> None:
         """Write a line to standard error at -v."""
@@ -105,14 +109,17 @@ class Output:
 
         return advance
 
-    @staticmethod
-    def _print(console: Console, part: Table | str) -> None:
-        if isinstance(part, str):
-            console.print(part, markup=False)
-        else:
-            # Piped tables are as wide as they need to be: wrapped ones cannot be read by a program.
-            width = None if console.is_terminal else 240
-            console.print(part, width=width, soft_wrap=False)
+
+def _console(stream: TextIO) -> Console:
+    # Tables in files and pipes are as wide as they need to be: cut ones are of no use there.
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else 300)
+
+
+def _print(console: Console, part: Table | str) -> None:
+    if isinstance(part, str):
+        console.print(part, markup=False, soft_wrap=True)
+    else:
+        console.print(part)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> Table:
@@ -131,8 +138,5 @@ def _cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:,.5g}" if abs(value) < 1000 else f"{value:,.0f}"
     return "" if value is None else str(value)
-
-
-Render = Callable[[], Sequence[Table | str]]

@@ -1,7 +1,7 @@
 """The terminal's two streams, kept for the command alone.
 
-TVM, torch and LLVM print warnings of their own to both streams. While a command runs, what they print goes to a
-file that is thrown away (or, at -vv, to standard error), and the command writes to copies of the streams.
+TVM, torch and LLVM print warnings of their own to both streams. While a command runs, what they print goes to
+a file that is thrown away (or, at -vv, to standard error); the command writes to copies of the streams.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 import tvm
 
 from rotquant_tvm.ops import Axes
-from rotquant_tvm.pipeline import resolve_target
+from rotquant_tvm.target import resolve_target
 
 
 class Kernels:

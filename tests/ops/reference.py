@@ -108,7 +108,8 @@ def unpack_words(layout: TileLayout, words: np.ndarray) -> tuple[EncodedKV, Enco
     """A cache uint32 [b, h, tiles, words] as encoded K and V [b, h, 32·tiles, …]."""
 
     def flat(array: np.ndarray) -> np.ndarray:
-        return array.reshape(*array.shape[:2], -1, array.shape[-1])
+        batch, heads, tiles = array.shape[:3]
+        return array.reshape(batch, heads, tiles * TOKENS, array.shape[-1])
 
     parts = layout.unpack(np.ascontiguousarray(words).view(np.uint8))
     k, v = (EncodedKV(flat(part.codes), flat(part.gain)) for part in parts)
@@ -119,7 +120,9 @@ def pack_words(layout: TileLayout, k: EncodedKV, v: EncodedKV) -> np.ndarray:
     """Undo ``unpack_words``."""
 
     def tiles(array: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(array).reshape(*array.shape[:2], -1, TOKENS, array.shape[-1])
+        batch, heads, tokens = array.shape[:3]
+        shape = (batch, heads, tokens // TOKENS, TOKENS, array.shape[-1])
+        return np.ascontiguousarray(array).reshape(shape)
 
     parts = (EncodedKV(tiles(part.codes), tiles(part.gain)) for part in (k, v))
     return np.ascontiguousarray(layout.pack(*parts)).view(np.uint32)

@@ -1,0 +1,142 @@
+"""Compile a model into an artifact: a library with a packed KV cache, its weights and its tokenizer.
+
+Examples:
+  tvmc compile model.gguf --kv-cache rq3 -o model.rq
+  tvmc compile ./llama --kv-cache iso3/planar3 --kv-layers "0,-1=f16" --target cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rotquant_tvm.cli import dump_code, model_files, pass_options
+from rotquant_tvm.cli.options import add_kv_options, kv_cache_text, words
+from rotquant_tvm.cli.output import Output
+from rotquant_tvm.errors import UsageError
+
+if TYPE_CHECKING:
+    from rotquant_tvm import CompiledModel, KVCacheConfig
+
+SUMMARY = "compile a model with a packed KV cache"
+_STEPS = 7
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``tvmc compile``."""
+    parser.add_argument("model", metavar="MODEL", help="a transformers model directory or a .gguf file")
+    parser.add_argument(
+        "--model-format",
+        choices=model_files.FORMATS,
+        help="refuse MODEL unless it is of this format (default: whatever it is)",
+    )
+    parser.add_argument(
+        "--target",
+        default="llvm",
+        help="llvm (this CPU), cuda (this GPU), a TVM target with options or a tag (default: llvm)",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="the artifact's folder (default: MODEL's name with .rq, here)"
+    )
+    parser.add_argument(
+        "--dump-code",
+        metavar="KIND,…",
+        type=words(*dump_code.KINDS),
+        default=[],
+        help=f"write code beside the output as files: {', '.join(dump_code.KINDS)}",
+    )
+    add_kv_options(parser)
+    pass_options.add_pass_options(parser)
+
+
+def execute(arguments: argparse.Namespace, output: Output) -> None:
+    """Compile; every cheap check comes before torch and TVM are loaded."""
+    from rotquant_tvm.artifact_folder import check_output
+    from rotquant_tvm.kv_cache_config import KVCacheConfig
+
+    config = KVCacheConfig.parse(kv_cache_text(arguments), arguments.kv_layers)
+    configuration = pass_options.pass_config(arguments.pass_config)
+    artifact = _artifact_path(arguments)
+    check_output(artifact)
+    dump_code.check_dumps(artifact, arguments.dump_code)
+    model = model_files.check_model(arguments.model, arguments.model_format)
+    watch = pass_options.PassWatch(arguments, output)
+    with output.steps(_STEPS, "load TVM") as step:
+        step("load TVM")
+        compiled, code = _compile(arguments, model, config, configuration, watch, step)
+        step("write")
+        compiled.save(artifact)
+        files = dump_code.write_code(artifact, code)
+    watch.report_idle()
+    _show(compiled, artifact, files, watch, output)
+
+
+def _artifact_path(arguments: argparse.Namespace) -> Path:
+    if arguments.output is not None:
+        if not arguments.output:
+            raise UsageError("-o: the output's name is empty")
+        return Path(arguments.output).resolve()
+    model = Path(arguments.model).resolve()
+    return Path.cwd() / f"{model.name if model.is_dir() else model.stem}.rq"
+
+
+def _compile(
+    arguments: argparse.Namespace,
+    model: Path,
+    config: KVCacheConfig,
+    configuration: dict[str, Any],
+    watch: pass_options.PassWatch,
+    step: Any,
+) -> tuple[CompiledModel, dict[str, str]]:
+    from rotquant_tvm.compiler import compile
+    from rotquant_tvm.pipeline import check_pass_names, kv_passes, operator_passes
+    from rotquant_tvm.target import resolve_target
+
+    target = resolve_target(arguments.target)
+    dump_code.check_kinds(arguments.dump_code, target)
+    check_pass_names(sorted(watch.names), target)
+    last_graph, last_scheduled = (
+        str(passes[-1].info.name) for passes in (kv_passes(config, target), operator_passes(target))
+    )
+    watch.wanted_snapshots = {last_graph, last_scheduled} if arguments.dump_code else set()
+    compiled = compile(
+        model,
+        config,
+        target,
+        capacity=arguments.kv_capacity,
+        opt_level=arguments.opt_level,
+        pass_config=configuration,
+        hooks=watch.hooks(),
+        progress=step,
+    )
+    code = dump_code.collect_code(
+        arguments.dump_code,
+        watch.snapshots.get(last_graph),
+        watch.snapshots.get(last_scheduled),
+        compiled.executable.mod,
+        target,
+    )
+    return compiled, code
+
+
+def _show(
+    compiled: CompiledModel, artifact: Path, files: list[Path], watch: pass_options.PassWatch, output: Output
+) -> None:
+    from rotquant_tvm.cli.report_table import report_line, report_table, target_text
+
+    report = compiled.report
+    document: dict[str, Any] = {
+        "artifact": str(artifact),
+        "default_capacity": compiled.default_capacity,
+        "report": report,
+        "files": [str(file) for file in files],
+    }
+    shown = [report_table(report), report_line(report)]
+    if watch.timer is not None:
+        document["pass_times"] = pass_options.pass_times(watch.timer)
+        shown.append(pass_options.pass_times_table(watch.timer))
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
+    shown.append(f"compiled for {target_text(report['target'])}: {seconds}")
+    shown += [f"wrote {path}" for path in (artifact, *files)]
+    output.result(document, *shown)

@@ -1,0 +1,44 @@
+"""Result files of a command: checked before the work, and there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from rotquant_tvm.errors import UsageError
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raise UsageError, naming ``option``, if no file could be written at ``path``."""
+    if path.is_dir():
+        raise UsageError(f"{option}: {path} is a folder; give the name of a file")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write {path}: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], option: str) -> None:
+    """Let ``write`` fill the file ``path``; if anything fails, ``path`` is as it was.
+
+    Raises UsageError, naming ``option``, if the file cannot be written.
+    """
+    partial = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            partial = Path(file.name)
+            write(file)  # type: ignore[arg-type]
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)  # temporary files are private, results are not
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
