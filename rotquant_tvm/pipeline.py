@@ -60,11 +60,9 @@ def operator_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
 
         passes += [VectorKVKernels(target), ScheduleForLLVM(target)]
     else:
-        from tvm.s_tir import dlight as dl
+        from .schedules.schedule_for_cuda import schedule_for_cuda
 
-        gpu = dl.gpu
-        rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
-        passes.append(dl.ApplyDefaultSchedule(*rules))
+        passes.append(schedule_for_cuda())
     return passes
 
 

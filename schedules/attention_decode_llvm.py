@@ -50,9 +50,9 @@ def attention_decode_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.ti
             core.start(
                 lambda row, dim: wide(q, [b, 0, head * group + row], dim), lambda row: row < group, shape.scale
             )
-            length = lengths[b]
             zero = tir.const(0, "int32")
-            oldest = tir.max(length - shape.window, zero) if shape.window else zero
+            oldest = tir.max(lengths[b] - shape.window, zero) if shape.window else zero
+            length = tir.min(lengths[b], (tiles * 32).astype("int32"))
             share = ((length + 31) // 32 - oldest // 32 + (splits - 1)) // splits
             with T.serial(0, share) as step:
                 tile = oldest // 32 + split.astype("int32") * share + step

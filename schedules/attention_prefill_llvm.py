@@ -64,9 +64,10 @@ def attention_prefill_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.t
                     shape.scale,
                 )
                 skipped = oldest(0) // 32
-                with T.serial(0, tir.max((past + 31) // 32 - skipped, zero)) as step:
+                stored = tir.min(past, (tiles * 32).astype("int32"))
+                with T.serial(0, tir.max((stored + 31) // 32 - skipped, zero)) as step:
                     packed.load(cache, [b, head, skipped + step])
-                    core.tile((skipped + step) * 32, oldest, lambda _: past - 1)
+                    core.tile((skipped + step) * 32, oldest, lambda _: stored - 1)
                 last = tir.min(first + tokens, new)
                 with T.serial(0, (last + 31) // 32) as tile:
                     with T.If(past + tile * 32 + 32 > oldest(0)), T.Then():

@@ -118,13 +118,21 @@ class _LinearKernel:
             with T.serial(count // micro) as step:
                 self._micro_kernel(first + step * micro, tile, micro)
             left = count % micro
-            size = 1 << (micro.bit_length() - 1)
-            while size:
-                with T.If(left % (2 * size) >= size):
+            for size in self._smaller_sizes():
+                with T.If(left >= size):
                     with T.Then():
-                        done = left // (2 * size) * (2 * size)
-                        self._micro_kernel(first + count - left + done, tile, size)
-                size //= 2
+                        self._micro_kernel(first + count - left, tile, size)
+                left = left % size
+
+    def _smaller_sizes(self) -> list[int]:
+        """Rows of the micro kernels for what is left: powers of two below the largest that reads whole tiles.
+
+        A kernel that reads a tile in slices is slow where the weight comes from memory.
+        """
+        whole = self.sums // (self.spec.tile // self.lanes)
+        sizes = [whole] if 1 < whole < self.rows else []
+        limit = sizes[0] if sizes else self.rows
+        return sizes + [size for size in (8, 4, 2, 1) if size < limit]
 
     def _micro_kernel(self, row: tirx.Expr, tile: tirx.Expr, rows: int) -> None:
         """``rows`` rows from ``row`` on, times one tile, as many columns at a time as the registers hold."""

@@ -1,6 +1,6 @@
 """Compile a model into an artifact: a library with a packed KV cache, its weights and its tokenizer.
 
-Examples:
+For example:
   tvmc compile model.gguf --kv-cache rq3 -o model.rq
   tvmc compile ./llama --kv-cache iso3/planar3 --kv-layers "0,-1=f16" --target cuda
 """
@@ -61,9 +61,9 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     check_output(artifact)
     dump_code.check_dumps(artifact, arguments.dump_code)
     model = model_files.check_model(arguments.model, arguments.model_format)
-    watch = pass_options.PassWatch(arguments, output)
     with output.steps(_STEPS, "load TVM") as step:
         step("load TVM")
+        watch = pass_options.PassWatch(arguments, output)
         compiled, code = _compile(arguments, model, config, configuration, watch, step)
         step("write")
         compiled.save(artifact)

@@ -31,22 +31,12 @@ def report_table(report: Mapping[str, Any]) -> Table:
                 first["v_bits"],
                 count * first["bytes_per_token"],
                 count * first["f16_bytes_per_token"],
-                first["f16_bytes_per_token"] / first["bytes_per_token"],
+                f"{first['f16_bytes_per_token'] / first['bytes_per_token']:.3g}×",
             ]
         )
-    total = [report["bits_per_element"]] * 2 if len(rows) == 1 else [None, report["bits_per_element"]]
-    rows.append(
-        [
-            "all",
-            "",
-            "",
-            "",
-            *total,
-            report["bytes_per_token"],
-            report["f16_bytes_per_token"],
-            report["compression"],
-        ]
-    )
+    if len(rows) > 1:
+        total = [report["bytes_per_token"], report["f16_bytes_per_token"], f"{report['compression']:.3g}×"]
+        rows.append(["all", "", "", "", None, None, *total])
     columns = [
         "layers",
         "K",
@@ -71,8 +61,8 @@ def report_line(report: Mapping[str, Any]) -> str:
     )
     return (
         f"KV cache {', '.join(formats)}: {report['layers_rewritten']} layers, "
-        f"{report['bits_per_element']:.4g} bits per element, {report['bytes_per_token']:,.0f} bytes per token "
-        f"({report['compression']:.3g}× smaller than f16)"
+        f"{report['bits_per_element']:.4g} bits per element, "
+        f"{report['bytes_per_token']:,.0f} bytes per token ({report['compression']:.3g}× smaller than f16)"
     )
 
 

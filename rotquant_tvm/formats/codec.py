@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,9 @@ from .codebook import Codebook
 from .gains import GAIN_RULES, HALF_MAX, half_gain
 from .kv_format import LINEAR_BLOCK, KVFormat
 from .rotation import Rotation, rotation_structure
+
+if TYPE_CHECKING:
+    from ..ops.compiled_codec import CompiledCodec
 
 LINEAR_LIMIT = 127
 _FLOATS: dict[str, DTypeLike] = {"half": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -135,6 +138,15 @@ class Codec:
             return encoded.codes.view(_FLOATS[self.format.codebook]).astype(dtype)
         values *= gain
         return values
+
+    def compile(self, target: Any = "llvm") -> CompiledCodec:
+        """Return this codec as TensorIR kernels for ``target`` (``"llvm"``, ``"cuda"`` or a TVM target).
+
+        Raises ``UsageError`` for another target.
+        """
+        from ..ops.compiled_codec import CompiledCodec
+
+        return CompiledCodec(self, target)
 
     def _encode_lloyd(self, x: NDArray[Any], codebook: Codebook) -> EncodedKV:
         rho = np.sqrt((x * x).sum(-1))

@@ -50,23 +50,25 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
             last = T.Bind(tir.min(lengths[b].astype("int64") - tile * 32, tir.const(32, "int64")))
             buffers = EncodeBuffers(axes, head_dim)
             codes = T.sblock_alloc_buffer((32 * head_dim,), "uint16", scope=axes.scratch)
-            with T.If(tir.all(first < last, tile < tiles)), T.Then():
-                for role, codec, x, rotation in zip("kv", (codec_k, codec_v), source, rotations, strict=True):
-                    target = _TileWriter(cache, (b, head, tile), layout, role)
-                    with T.serial(0, last - first) as n:
-                        token = first + n
-                        emit_encode(
-                            axes,
-                            codec,
-                            rotation,
-                            lambda dim, x=x, token=token: x[b, head, tile * 32 + token - start, dim],
-                            lambda dim, code, token=token: T.buffer_store(
-                                codes, code.astype("uint16"), [token * head_dim + dim]
-                            ),
-                            lambda row, gain, target=target, token=token: target.store_gain(token, row, gain),
-                            buffers,
-                        )
-                    target.pack(axes, codes, first, last)
+            # A loop that may be empty, not a condition: the compiler puts no barrier inside a condition.
+            zero = tir.const(0, "int64")
+            count = T.Bind(tir.Select(tile < tiles, tir.max(last - first, zero), zero))
+            for role, codec, x, rotation in zip("kv", (codec_k, codec_v), source, rotations, strict=True):
+                target = _TileWriter(cache, (b, head, tile), layout, role)
+                with T.serial(0, count) as n:
+                    token = first + n
+                    emit_encode(
+                        axes,
+                        codec,
+                        rotation,
+                        lambda dim, x=x, token=token: x[b, head, tile * 32 + token - start, dim],
+                        lambda dim, code, token=token: T.buffer_store(
+                            codes, code.astype("uint16"), [token * head_dim + dim]
+                        ),
+                        lambda row, gain, target=target, token=token: target.store_gain(token, row, gain),
+                        buffers,
+                    )
+                target.pack(axes, codes, first, count)
     return builder.get()
 
 
@@ -85,14 +87,14 @@ class _TileWriter:
         bits = tir.reinterpret("uint16", gain).astype("uint32") << shift
         T.buffer_store(self.cache, self.cache[tuple(index)] & ~(u32(0xFFFF) << shift) | bits, index)
 
-    def pack(self, axes: Axes, codes: Any, first: Expr, last: Expr) -> None:
+    def pack(self, axes: Axes, codes: Any, first: Expr, count: Expr) -> None:
         section, head_dim = self.section, self.section.head_dim
 
         def code(token: Expr, dim: Expr) -> Expr:
             return codes[token * head_dim + dim].astype("uint32")
 
         def written(token: Expr) -> Expr:
-            return tir.all(token >= first, token < last)
+            return tir.all(token >= first, token < first + count)
 
         update = WordUpdate(section, code, written)
 
@@ -102,9 +104,11 @@ class _TileWriter:
             update.gather(pieces, first_group, lane)
             T.buffer_store(self.cache, update.result(self.cache[tuple(index)]), index)
 
+        # Inside the lane loops, where no barrier is needed: a block without tokens must not touch its tile.
+        some = count > 0
         words, groups = PERIOD[section.bits]
         periods = section.words // words
-        with axes.lanes(32 * periods) as index:
+        with axes.lanes(32 * periods) as index, T.If(some), T.Then():
             lane, period = index % 32, index // 32
             for word in range(words):
                 store(lane, period * words + word, word_pieces(section.bits, word), period * groups)
@@ -112,9 +116,9 @@ class _TileWriter:
         if not pieces:
             return
         if section.bits == 3:
-            with axes.lanes(32) as lane:
+            with axes.lanes(32) as lane, T.If(some), T.Then():
                 store(lane, section.words - 1, tail_pieces(2, 2), periods * groups)
-        with axes.lanes(16) as pair:
+        with axes.lanes(16) as pair, T.If(some), T.Then():
             index = [*self.tile, section.half_word_index(pair * 2)[0]]
             update.start()
             for odd in range(2):

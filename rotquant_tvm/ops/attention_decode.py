@@ -34,7 +34,8 @@ def attention_decode(
 
     Shapes: q ``dtype`` [batch, 1, heads, head_dim], in the keys' rotated basis; cache uint32
     [batch, kv_heads, tiles, tile_bytes/4] with the new token already appended; lengths int32 [batch]; out ``dtype``
-    [batch, 1, heads, head_dim], in the values' rotated basis (zero for a sequence of length 0).
+    [batch, 1, heads, head_dim], in the values' rotated basis (zero for a sequence of length 0). Tokens past the
+    capacity, which append drops, are not read.
     ``heads`` is a multiple of ``kv_heads`` (grouped queries). ``window`` keeps the last so many tokens only.
     """
     head_dim, group = codec_k.head_dim, heads // kv_heads
@@ -61,11 +62,14 @@ def attention_decode(
             state = OnlineSoftmax(axes, group, head_dim)
             state.start(lambda row, dim: f32(q[b, 0, head * group + row, dim]), scale)
             _stream(state, cache, lengths[b], (b, head, split), (codec_k, codec_v), layout, splits, window)
-            with axes.lanes(group * head_dim) as i:
-                T.buffer_store(partial, state.output[i], [b, head, split, i // head_dim, i % head_dim])
-            with axes.lanes(group) as row:
-                T.buffer_store(sums, state.peak[row], [b, head, split, row, 0])
-                T.buffer_store(sums, state.total[row], [b, head, split, row, 1])
+
+            def store_sums(row: Expr, peak: Expr, total: Expr) -> None:
+                T.buffer_store(sums, peak, [b, head, split, row, 0])
+                T.buffer_store(sums, total, [b, head, split, row, 1])
+
+            state.partial(
+                lambda row, dim, value: T.buffer_store(partial, value, [b, head, split, row, dim]), store_sums
+            )
         merge_splits(axes, partial, sums, out, (batch, kv_heads, splits, group, head_dim), dtype)
     return builder.get()
 
@@ -84,17 +88,19 @@ def _stream(
     b, head, split = where
     first = tir.max(length - window, tir.const(0, "int32")) if window else tir.const(0, "int32")
     begin = T.Bind(first // 32)
+    length = T.Bind(tir.min(length, (cache.shape[2] * 32).astype("int32")))
     share = T.Bind(((length + 31) // 32 - begin + (splits - 1)) // splits)
     keys, values = (TileReader(cache, c, layout, role) for c, role in zip(codecs, "kv", strict=True))
-    with T.serial(0, share) as step:
-        tile = begin + split.astype("int32") * share + step
-        with T.If(tile * 32 < length), T.Then():
-            at = (b, head, tile)
-            state.tile(
-                lambda token, dim: keys.value(at, token, dim),
-                lambda token, dim: values.value(at, token, dim),
-                lambda token: tir.all(tile * 32 + token < length, tile * 32 + token >= first),
-            )
+    start = T.Bind(begin + split.astype("int32") * share)
+    # A loop that may be empty, not a condition: the compiler puts no barrier inside a condition.
+    with T.serial(0, tir.max(tir.min(share, (length + 31) // 32 - start), tir.const(0, "int32"))) as step:
+        tile = start + step
+        at = (b, head, tile)
+        state.tile(
+            lambda token, dim: keys.value(at, token, dim),
+            lambda token, dim: values.value(at, token, dim),
+            lambda token: tir.all(tile * 32 + token < length, tile * 32 + token >= first),
+        )
 
 
 def merge_splits(axes: Axes, partial: Any, sums: Any, out: Any, shape: tuple[Any, ...], dtype: str) -> None:

@@ -57,27 +57,25 @@ def attention_dense(
             row = T.Bind((piece % seq).astype("int32"))
             past = T.Bind(lengths[b] - new_lengths[b])
             oldest = T.Bind(tir.max(past + row - (window - 1), zero) if window else zero)
-            stored = T.Bind(past if chunk else past + row + 1)
+            stored = T.Bind(tir.min(past if chunk else past + row + 1, capacity.astype("int32")))
             state = OnlineSoftmax(axes, 1, head_dim)
             state.start(lambda _, dim: f32(q[b, row, head, dim]), scale)
-            with T.If(row < new_lengths[b]), T.Then():
-                with T.serial(0, (stored + 31) // 32) as tile:
+            # Loops that may be empty, not conditions: the compiler puts no barrier inside a condition.
+            real = row < new_lengths[b]
+            with T.serial(0, tir.Select(real, (stored + 31) // 32, zero)) as tile:
+                base = tile * 32
+                state.tile(
+                    lambda token, dim: past_k[b, head // group, base + token, dim],
+                    lambda token, dim: past_v[b, head // group, base + token, dim],
+                    lambda token: tir.all(base + token < stored, base + token >= oldest),
+                )
+            if chunk:
+                with T.serial(0, tir.Select(real, row // 32 + 1, zero)) as tile:
                     base = tile * 32
                     state.tile(
-                        lambda token, dim: past_k[b, head // group, base + token, dim],
-                        lambda token, dim: past_v[b, head // group, base + token, dim],
-                        lambda token: tir.all(base + token < stored, base + token >= oldest),
+                        lambda token, dim: f32(new[0][b, head // group, base + token, dim]),
+                        lambda token, dim: f32(new[1][b, head // group, base + token, dim]),
+                        lambda token: tir.all(base + token <= row, past + base + token >= oldest),
                     )
-                if chunk:
-                    with T.serial(0, row // 32 + 1) as tile:
-                        base = tile * 32
-                        state.tile(
-                            lambda token, dim: f32(new[0][b, head // group, base + token, dim]),
-                            lambda token, dim: f32(new[1][b, head // group, base + token, dim]),
-                            lambda token: tir.all(base + token <= row, past + base + token >= oldest),
-                        )
-            with axes.lanes(head_dim) as dim:
-                total = state.total[0]
-                result = state.output[dim] / tir.Select(total > f32(0), total, f32(1))
-                T.buffer_store(out, result.astype(dtype), [b, row, head, dim])
+            state.finish(lambda _, dim, value: T.buffer_store(out, value.astype(dtype), [b, row, head, dim]))
     return builder.get()

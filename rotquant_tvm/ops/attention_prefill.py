@@ -56,30 +56,31 @@ def attention_prefill(
             b, head = T.Bind(piece // (heads * seq)), T.Bind(piece // seq % heads)
             row = T.Bind((piece % seq).astype("int32"))
             past = T.Bind(lengths[b] - new_lengths[b])
-            oldest = T.Bind(tir.max(past + row - (window - 1), tir.const(0, "int32")) if window else tir.const(0, "int32"))
+            stored = T.Bind(tir.min(past, (tiles * 32).astype("int32")))
+            zero = tir.const(0, "int32")
+            oldest = T.Bind(tir.max(past + row - (window - 1), zero) if window else zero)
             state = OnlineSoftmax(axes, 1, head_dim)
             state.start(lambda _, dim: f32(q[b, row, head, dim]), scale)
-            with T.If(row < new_lengths[b]), T.Then():
-                kv_head = head // group
-                keys, values = (TileReader(cache, c, layout, r) for c, r in ((codec_k, "k"), (codec_v, "v")))
-                with T.serial(0, (past + 31) // 32) as tile:
-                    at = (b, kv_head, tile)
-                    with T.If(tile * 32 + 32 > oldest), T.Then():
-                        state.tile(
-                            lambda token, dim: keys.value(at, token, dim),
-                            lambda token, dim: values.value(at, token, dim),
-                            lambda token: tir.all(tile * 32 + token < past, tile * 32 + token >= oldest),
-                        )
-                with T.serial(0, row // 32 + 1) as tile:
-                    base = tile * 32
-                    with T.If(past + base + 32 > oldest), T.Then():
-                        state.tile(
-                            lambda token, dim: f32(k[b, kv_head, base + token, dim]),
-                            lambda token, dim: f32(v[b, kv_head, base + token, dim]),
-                            lambda token: tir.all(base + token <= row, past + base + token >= oldest),
-                        )
-            with axes.lanes(head_dim) as dim:
-                total = state.total[0]
-                result = state.output[dim] / tir.Select(total > f32(0), total, f32(1))
-                T.buffer_store(out, result.astype(dtype), [b, row, head, dim])
+            kv_head = head // group
+            keys, values = (TileReader(cache, c, layout, r) for c, r in ((codec_k, "k"), (codec_v, "v")))
+            # Loops that may be empty, not conditions: the compiler puts no barrier inside a condition.
+            real = row < new_lengths[b]
+            skipped = T.Bind(oldest // 32)
+            with T.serial(0, tir.Select(real, tir.max((stored + 31) // 32 - skipped, zero), zero)) as step:
+                tile = skipped + step
+                at = (b, kv_head, tile)
+                state.tile(
+                    lambda token, dim: keys.value(at, token, dim),
+                    lambda token, dim: values.value(at, token, dim),
+                    lambda token: tir.all(tile * 32 + token < stored, tile * 32 + token >= oldest),
+                )
+            skipped = T.Bind(tir.max(oldest - past, zero) // 32)
+            with T.serial(0, tir.Select(real, row // 32 + 1 - skipped, zero)) as step:
+                base = (skipped + step) * 32
+                state.tile(
+                    lambda token, dim: f32(k[b, kv_head, base + token, dim]),
+                    lambda token, dim: f32(v[b, kv_head, base + token, dim]),
+                    lambda token: tir.all(base + token <= row, past + base + token >= oldest),
+                )
+            state.finish(lambda _, dim, value: T.buffer_store(out, value.astype(dtype), [b, row, head, dim]))
     return builder.get()

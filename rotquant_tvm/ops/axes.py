@@ -65,3 +65,15 @@ class Axes:
                 else:
                     with T.If(outer * self.threads + thread < extent), T.Then():
                         yield outer * self.threads + thread
+
+    def private(self, extent: int, count: int) -> Any:
+        """Float32 state that each of ``extent`` lanes keeps for itself: ``count`` values, at ``place(lane, k, count)``.
+
+        Only loops over the same number of lanes see the same state; it needs no barriers.
+        """
+        owned = -(-extent // self.threads) if self.kind == "cuda" else extent
+        return T.sblock_alloc_buffer((owned * count,), "float32", scope="local")
+
+    def place(self, lane: Any, k: int, count: int) -> Any:
+        """Where value ``k`` of a lane stands in a ``private`` buffer."""
+        return (lane // self.threads if self.kind == "cuda" else lane) * count + k

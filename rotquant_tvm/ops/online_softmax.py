@@ -9,7 +9,7 @@ import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
 from .axes import Axes
-from .vector_code import f32
+from .vector_code import f32, registers
 
 Expr = Any
 MASKED = -1.0e30
@@ -19,8 +19,9 @@ LOG2E = 1.4426950408889634
 class OnlineSoftmax:
     """State of ``rows`` queries against one stream of keys and values of ``head_dim``.
 
-    ``peak`` (in units of log2), ``total`` and ``output`` [rows, head_dim] are unnormalized until the end, so that
-    partial results of several streams merge by log-sum-exp. A ``Source`` gives the keys and values of a tile.
+    Peaks (in units of log2), totals and outputs are unnormalized until the end, so that partial results of several
+    streams merge by log-sum-exp; they are private to the lanes that own them. No lane loop both reads and writes one
+    shared buffer, since the compiler would want a barrier inside the loop.
     """
 
     def __init__(self, axes: Axes, rows: int, head_dim: int) -> None:
@@ -29,18 +30,22 @@ class OnlineSoftmax:
         def alloc(size: int) -> Any:
             return T.sblock_alloc_buffer((size,), "float32", scope=axes.scratch)
 
-        self.query, self.output = alloc(rows * head_dim), alloc(rows * head_dim)
-        self.score = alloc(rows * 32)
-        self.peak, self.total, self.decay = alloc(rows), alloc(rows), alloc(rows)
+        self.query = alloc(rows * head_dim)
+        self.score, self.weight = alloc(rows * 32), alloc(rows * 32)
+        self.decay, self.totals = alloc(rows), alloc(rows)
+        self._output = axes.private(head_dim, rows)
+        self._peak, self._total = axes.private(rows, 1), axes.private(rows, 1)
 
     def start(self, load_query: Callable[[Expr, Expr], Expr], scale: float) -> None:
         """Load the queries, times the softmax scale and log2(e), and clear the sums."""
         with self.axes.lanes(self.rows * self.head_dim) as i:
             T.buffer_store(self.query, load_query(i // self.head_dim, i % self.head_dim) * f32(scale * LOG2E), [i])
-            T.buffer_store(self.output, f32(0), [i])
+        with self.axes.lanes(self.head_dim) as dim:
+            for row in range(self.rows):
+                T.buffer_store(self._output, f32(0), [self.axes.place(dim, row, self.rows)])
         with self.axes.lanes(self.rows) as row:
-            T.buffer_store(self.peak, f32(MASKED), [row])
-            T.buffer_store(self.total, f32(0), [row])
+            T.buffer_store(self._peak, f32(MASKED), [self.axes.place(row, 0, 1)])
+            T.buffer_store(self._total, f32(0), [self.axes.place(row, 0, 1)])
 
     def tile(
         self,
@@ -51,36 +56,58 @@ class OnlineSoftmax:
         """Take in one tile: ``key`` and ``value`` give (token, dim), ``attended(token)`` says which tokens count."""
         axes, rows, head_dim = self.axes, self.rows, self.head_dim
         with axes.lanes(32) as token:
-            for row in range(rows):
-                T.buffer_store(self.score, f32(0), [row * 32 + token])
+            sums = registers(rows)
             with T.serial(0, head_dim) as dim:
                 element = T.Bind(tir.if_then_else(attended(token), key(token, dim), f32(0)))
                 for row in range(rows):
-                    at = row * 32 + token
-                    T.buffer_store(self.score, self.score[at] + self.query[row * head_dim + dim] * element, [at])
+                    T.buffer_store(sums, sums[row] + self.query[row * head_dim + dim] * element, [row])
             for row in range(rows):
-                at = row * 32 + token
-                T.buffer_store(self.score, tir.Select(attended(token), self.score[at], f32(MASKED)), [at])
+                score = tir.Select(attended(token), sums[row], f32(MASKED))
+                T.buffer_store(self.score, score, [row * 32 + token])
         with axes.lanes(rows) as row:
             self._update_sums(row)
         with axes.lanes(head_dim) as dim:
-            for row in range(rows):
-                at = row * head_dim + dim
-                T.buffer_store(self.output, self.output[at] * self.decay[row], [at])
+            sums = registers(rows)
             with T.serial(0, 32) as token:
                 element = T.Bind(tir.if_then_else(attended(token), value(token, dim), f32(0)))
                 for row in range(rows):
-                    at = row * head_dim + dim
-                    T.buffer_store(self.output, self.output[at] + self.score[row * 32 + token] * element, [at])
+                    T.buffer_store(sums, sums[row] + self.weight[row * 32 + token] * element, [row])
+            for row in range(rows):
+                at = axes.place(dim, row, rows)
+                T.buffer_store(self._output, self._output[at] * self.decay[row] + sums[row], [at])
 
     def _update_sums(self, row: Expr) -> None:
-        T.buffer_store(self.decay, self.peak[row], [row])
+        mine = self.axes.place(row, 0, 1)
+        state = registers(2)
+        peak, total = 0, 1
+        T.buffer_store(state, self._peak[mine], [peak])
         with T.serial(0, 32) as token:
-            T.buffer_store(self.peak, tir.max(self.peak[row], self.score[row * 32 + token]), [row])
-        T.buffer_store(self.decay, tir.exp2(self.decay[row] - self.peak[row]), [row])
-        T.buffer_store(self.total, self.total[row] * self.decay[row], [row])
+            T.buffer_store(state, tir.max(state[peak], self.score[row * 32 + token]), [peak])
         with T.serial(0, 32) as token:
-            at = row * 32 + token
-            weight = tir.exp2(self.score[at] - self.peak[row])
-            T.buffer_store(self.score, tir.Select(self.score[at] > f32(MASKED / 2), weight, f32(0)), [at])
-            T.buffer_store(self.total, self.total[row] + self.score[at], [row])
+            score = T.Bind(self.score[row * 32 + token])
+            weight = T.Bind(tir.Select(score > f32(MASKED / 2), tir.exp2(score - state[peak]), f32(0)))
+            T.buffer_store(self.weight, weight, [row * 32 + token])
+            T.buffer_store(state, state[total] + weight, [total])
+        decay = T.Bind(tir.exp2(self._peak[mine] - state[peak]))
+        T.buffer_store(self.decay, decay, [row])
+        T.buffer_store(self._total, self._total[mine] * decay + state[total], [mine])
+        T.buffer_store(self._peak, state[peak], [mine])
+
+    def partial(self, store: Callable[[Expr, Expr, Expr], None], store_sums: Callable[[Expr, Expr, Expr], None]) -> None:
+        """Hand over the unnormalized results: ``store(row, dim, output)`` and ``store_sums(row, peak, total)``."""
+        with self.axes.lanes(self.head_dim) as dim:
+            for row in range(self.rows):
+                store(row, dim, self._output[self.axes.place(dim, row, self.rows)])
+        with self.axes.lanes(self.rows) as row:
+            mine = self.axes.place(row, 0, 1)
+            store_sums(row, self._peak[mine], self._total[mine])
+
+    def finish(self, store: Callable[[Expr, Expr, Expr], None]) -> None:
+        """Hand over the normalized output: ``store(row, dim, value)``; 0 where nothing was attended to."""
+        with self.axes.lanes(self.rows) as row:
+            T.buffer_store(self.totals, self._total[self.axes.place(row, 0, 1)], [row])
+        with self.axes.lanes(self.head_dim) as dim:
+            for row in range(self.rows):
+                total = self.totals[row]
+                output = self._output[self.axes.place(dim, row, self.rows)]
+                store(row, dim, output / tir.Select(total > f32(0), total, f32(1)))

@@ -32,6 +32,14 @@ def sanitize(value: Expr) -> Expr:
     return tir.Select(tir.isnan(x), f32(0), clipped)
 
 
+def registers(count: int) -> Any:
+    """Float32 accumulators of one lane, cleared (in shared scratch every step would need a barrier)."""
+    buffer = T.alloc_buffer((count,), "float32", scope="local")
+    for index in range(count):
+        T.buffer_store(buffer, f32(0), [index])
+    return buffer
+
+
 def rotation_size(structure: Structure, head_dim: int) -> int:
     """Coefficients that a rotation of this structure takes; at least 1, so that its buffer is never empty."""
     return max(1, sum(block for block, _ in structure) * head_dim)
@@ -63,11 +71,10 @@ def emit_rotation(
                     total = total + coefficients[row + j] * source[base + j * stride]
                 T.buffer_store(scratch, total, [index])
             else:
-                T.buffer_store(scratch, f32(0), [index])
+                total = registers(1)
                 with T.serial(0, block) as j:
-                    T.buffer_store(
-                        scratch, scratch[index] + coefficients[row + j] * source[base + j * stride], [index]
-                    )
+                    T.buffer_store(total, total[0] + coefficients[row + j] * source[base + j * stride], [0])
+                T.buffer_store(scratch, total[0], [index])
         offset += block * head_dim
         source, scratch = scratch, source
     return source
@@ -148,12 +155,13 @@ def _emit_linear(
     axes: Axes, head_dim: int, x: Any, store_code: StoreCode, store_gain: StoreGain, scales: Any
 ) -> None:
     with axes.lanes(-(-head_dim // 32)) as row:
-        T.buffer_store(scales, f32(0), [row])
+        largest = registers(1)
         with T.serial(0, 32) as j:
             value = tir.if_then_else(row * 32 + j < head_dim, tir.abs(x[tir.min(row * 32 + j, head_dim - 1)]), f32(0))
-            T.buffer_store(scales, tir.max(scales[row], value), [row])
-        T.buffer_store(scales, (scales[row] / f32(127)).astype("float16").astype("float32"), [row])
-        store_gain(row, scales[row].astype("float16"))
+            T.buffer_store(largest, tir.max(largest[0], value), [0])
+        scale = (largest[0] / f32(127)).astype("float16")
+        T.buffer_store(scales, scale.astype("float32"), [row])
+        store_gain(row, scale)
     with axes.lanes(head_dim) as dim:
         scale = scales[dim // 32]
         ratio = tir.nearbyint(x[dim] / tir.Select(scale > f32(0), scale, f32(1)))
@@ -171,23 +179,21 @@ def _emit_codebook(
     buffers: EncodeBuffers,
 ) -> None:
     head_dim, stats = codec.head_dim, buffers.stats
-    norm, inner, square = 0, 1, 2
     with axes.lanes(1) as _:
-        T.buffer_store(stats, f32(0), [norm])
+        total = registers(1)
         with T.serial(0, head_dim) as dim:
-            T.buffer_store(stats, stats[norm] + buffers.x[dim] * buffers.x[dim], [norm])
-        T.buffer_store(stats, tir.sqrt(stats[norm]), [norm])
+            T.buffer_store(total, total[0] + buffers.x[dim] * buffers.x[dim], [0])
+        T.buffer_store(stats, tir.sqrt(total[0]), [0])
     y = emit_rotation(axes, codec.rotation.structure, head_dim, coefficients, buffers.x, buffers.y)
     with axes.lanes(head_dim) as dim:
-        store_code(dim, boundary_count(codec, y[dim], stats[norm]))
+        store_code(dim, boundary_count(codec, y[dim], stats[0]))
     with axes.lanes(1) as _:
-        T.buffer_store(stats, f32(0), [inner])
-        T.buffer_store(stats, f32(0), [square])
+        sums = registers(2)
         with T.serial(0, head_dim) as dim:
-            value = T.Bind(code_value(codec, boundary_count(codec, y[dim], stats[norm])))
-            T.buffer_store(stats, stats[inner] + value * y[dim], [inner])
-            T.buffer_store(stats, stats[square] + value * value, [square])
-        store_gain(0, corrected_gain(codec.format.gain, stats[norm], stats[inner], stats[square]))
+            value = T.Bind(code_value(codec, boundary_count(codec, y[dim], stats[0])))
+            T.buffer_store(sums, sums[0] + value * y[dim], [0])
+            T.buffer_store(sums, sums[1] + value * value, [1])
+        store_gain(0, corrected_gain(codec.format.gain, stats[0], sums[0], sums[1]))
 
 
 def boundary_count(codec: Codec, value: Expr, norm: Expr) -> Expr:

@@ -116,6 +116,8 @@ def write_artifact(
             default_capacity=default_capacity,
         )
         (partial / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        # safetensors writes files for the owner's eyes only; an artifact is as readable as its manifest.
+        (partial / WEIGHTS_FILE).chmod((partial / MANIFEST_FILE).stat().st_mode)
         _move_into_place(partial, final)
     except OSError as error:
         raise UsageError(f"cannot write {final}: {error.strerror or error}; choose another output") from error

@@ -209,6 +209,13 @@ class Session:
         """
         self._cache = self._cache.gather(indices)
 
+    def instrument(self, callback: Callable[..., int]) -> None:
+        """Have TVM call ``callback(function, symbol, before, result, *arguments)`` around every kernel.
+
+        ``callback`` returns 0 to go on. It stays in place as long as the session; calls are slower with it.
+        """
+        self._machine.set_instrument(callback)
+
     def _run(self, function: str, *inputs: np.ndarray) -> np.ndarray:
         """Call the library with int32 inputs, the cache and the weights; returns float32 [batch, vocab]."""
         device = self.library.device

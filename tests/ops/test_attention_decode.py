@@ -12,7 +12,7 @@ from rotquant_tvm import ops
 from .cases import CASES, MIXED, Case
 from .reference import attention, check_output, filled_cache, stored_kv
 
-SCALE = 0.17
+SCALE = 0.09
 LENGTHS = np.array([0, 1, 31, 32, 33, 64, 65, 96, 127, 128], np.int32)
 
 
@@ -35,7 +35,7 @@ def expected(case, q, cache, lengths, window=None):
 
 
 def queries(rng, case, batch, dtype="float32"):
-    return (2 * rng.standard_normal((batch, 1, case.heads, case.head_dim))).astype(dtype)
+    return rng.standard_normal((batch, 1, case.heads, case.head_dim)).astype(dtype)
 
 
 def check(kernels, rng, poisoned, case, lengths, tiles=4, dtype="float32", **options):
@@ -90,8 +90,8 @@ def test_huge_scores(kernels, rng, poisoned):
         check_output(actual[b, 0], values[b, np.arange(case.kv_heads), best])
 
 
-def test_lengths_past_the_capacity_read_no_further_than_the_cache(kernels, rng, poisoned):
-    """Sessions refuse this before; a caller of the library who does not must get no wild read."""
+def test_tokens_past_the_capacity_are_not_read(kernels, rng, poisoned):
+    """Append has dropped them; sessions refuse them before."""
     lengths = np.array([64, 70, 100_000], np.int32)
     cache = filled_cache(rng, MIXED.codecs, MIXED.kv_heads, 2, np.minimum(lengths, 64))
     q = queries(rng, MIXED, 3)

@@ -12,7 +12,7 @@ from rotquant_tvm import ops
 from .cases import CASES, MIXED
 from .reference import attention, check_output, filled_cache, stored_kv
 
-SCALE = 0.17
+SCALE = 0.09
 # (past, new) of each sequence
 RAGGED = [(0, 0), (0, 1), (0, 33), (1, 32), (31, 2), (32, 31), (33, 33), (95, 1), (64, 0), (60, 20)]
 
@@ -39,7 +39,7 @@ def expected(case, q, k, v, cache, past, new, window=None):
 def chunk(rng, case, new, dtype="float32"):
     """(q, k, v) of up to max(new) tokens; the padding is NaN."""
     batch, seq = len(new), max(1, max(new))
-    q = 2 * rng.standard_normal((batch, seq, case.heads, case.head_dim))
+    q = rng.standard_normal((batch, seq, case.heads, case.head_dim))
     k, v = (rng.standard_normal((batch, case.kv_heads, seq, case.head_dim)) for _ in "kv")
     for b, count in enumerate(new):
         q[b, count:], k[b, :, count:], v[b, :, count:] = np.nan, np.nan, np.nan
@@ -99,3 +99,12 @@ def test_a_chunk_without_past_is_plain_attention(kernels, rng, poisoned):
     actual = prefill(kernels, poisoned, case, q, k, v, cache, [0, 0], new)
     for b, n in enumerate(new):
         check_output(actual[b, :n], attention(q[b, :n], k[b, :, :n], v[b, :, :n], SCALE))
+
+
+def test_a_past_beyond_the_capacity_is_not_read(kernels, rng, poisoned):
+    """Append has dropped those tokens; sessions refuse them before."""
+    past, new = [64, 70, 100_000], [3, 3, 3]
+    cache = filled_cache(rng, MIXED.codecs, MIXED.kv_heads, 2, [64, 64, 64])
+    q, k, v = chunk(rng, MIXED, new)
+    actual = prefill(kernels, poisoned, MIXED, q, k, v, cache, past, new)
+    check_output(actual, expected(MIXED, q, k, v, cache, [64, 64, 64], new))

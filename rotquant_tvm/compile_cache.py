@@ -1,0 +1,188 @@
+"""Compiled artifacts kept in the user's cache folder, so that the same compile is not done twice.
+
+An entry's name is the SHA-256 over all that decides what a compile gives: the model's content, the KV
+formats, the target, the capacity, the dtype, the versions of the packages involved and this package's own
+sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from .artifact_folder import check_output
+from .errors import ArtifactError, ModelError, UsageError
+from .frontend import ImportedModel, import_model
+from .kv_cache_config import KVCacheConfig
+
+KEEP = 8
+_PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "numpy")
+_SOURCES = ("rotquant_tvm", "rotquant_tvm.passes", "rotquant_tvm.schedules", "rotquant_tvm.tuning_logs")
+_WITHOUT_EFFECT = ("cli", "evaluation")  # subpackages that no compile runs
+_ABANDONED_SECONDS = 24 * 3600
+Progress: TypeAlias = Callable[[str], None]
+
+
+def cache_folder() -> Path:
+    """Return where artifacts are kept: ``rotquant_tvm`` in $XDG_CACHE_HOME, or in ~/.cache."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the XDG specification says to ignore those
+        base = Path.home() / ".cache"
+    return base / "rotquant_tvm"
+
+
+def _silent(_stage: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class CachedArtifact:
+    """An artifact's folder, and whether it was ``found`` rather than compiled now."""
+
+    path: Path
+    found: bool
+
+
+@dataclass
+class CompileCache:
+    """Compiles models, or finds what an earlier compile left.
+
+    ``folder``: where entries lie (default: ``cache_folder()``). ``keep``: how many, the newest, stay. One
+    import serves all compiles of a model.
+    """
+
+    folder: Path = field(default_factory=cache_folder)
+    keep: int = KEEP
+    _imported: dict[tuple[str, str], ImportedModel] = field(default_factory=dict, repr=False)
+
+    def artifact(
+        self,
+        model: str | os.PathLike[str],
+        kv_cache: str | KVCacheConfig = "rq3",
+        target: str = "llvm",
+        *,
+        kv_layers: str | None = None,
+        capacity: int = 4096,
+        dtype: str = "float32",
+        progress: Progress = _silent,
+    ) -> CachedArtifact:
+        """Return the artifact of a model, which is a directory or a file; arguments as of ``compile``.
+
+        An entry that is damaged is compiled again. ``progress`` is called with the name of each stage. Raises
+        what ``compile`` raises, and UsageError if the folder cannot be written.
+        """
+        from .compiler import compile
+        from .runtime import read_artifact
+        from .target import resolve_target
+
+        config = kv_cache if isinstance(kv_cache, KVCacheConfig) else KVCacheConfig.parse(kv_cache, kv_layers)
+        resolved = resolve_target(target)
+        progress("look into the compile cache")
+        key = (model_digest(model), _config_text(config), str(resolved), capacity, dtype, _environment())
+        path = self.folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        try:
+            read_artifact(path)
+            os.utime(path)
+            return CachedArtifact(path, found=True)
+        except (ArtifactError, OSError):  # not there, damaged, or just being removed
+            self._check_writable(path)
+        imported = self._import(model, dtype, progress)
+        compiled = compile(imported, config, resolved, capacity=capacity, progress=progress)
+        progress("write")
+        _remove(path)  # if damaged: what is left of it may no longer look like an artifact
+        compiled.save(path)
+        self._prune(path)
+        return CachedArtifact(path, found=False)
+
+    def _import(self, model: str | os.PathLike[str], dtype: str, progress: Progress) -> ImportedModel:
+        key = (str(Path(model).resolve()), dtype)
+        if key not in self._imported:
+            progress("import")
+            self._imported[key] = import_model(model, dtype=dtype)
+        return self._imported[key]
+
+    def _check_writable(self, path: Path) -> None:
+        try:
+            if not path.exists():
+                check_output(path)
+        except UsageError as error:
+            raise UsageError(
+                f"the compile cache {self.folder} cannot be written; set XDG_CACHE_HOME"
+            ) from error
+
+    def _prune(self, newest: Path) -> None:
+        """Remove all but the newest entries, and what interrupted compiles left behind."""
+        changed: dict[Path, float] = {}
+        for entry in self.folder.iterdir():
+            with suppress(OSError):  # another process may be removing it
+                changed[entry] = entry.stat().st_mtime
+        partial = {entry for entry in changed if entry.name.startswith(".")}
+        whole = sorted(changed.keys() - partial - {newest}, key=changed.__getitem__, reverse=True)
+        deadline = time.time() - _ABANDONED_SECONDS
+        for entry in [*whole[self.keep - 1 :], *(entry for entry in partial if changed[entry] < deadline)]:
+            _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def model_digest(model: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 (hex) of a model file, or of the names and contents of a directory's files.
+
+    Raises ModelError if it cannot be read.
+    """
+    path = Path(model)
+    try:
+        if path.is_dir():
+            files = sorted(entry for entry in path.iterdir() if entry.is_file())
+            return _digest([(file.name, _file_digest(file)) for file in files])
+        return _file_digest(path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _config_text(config: KVCacheConfig) -> str:
+    overrides = {index: formats.name for index, formats in sorted(config.overrides.items())}
+    return json.dumps([config.formats.name, overrides, config.seed])
+
+
+def _environment() -> list[object]:
+    """Collect the versions of the packages that a compile depends on, and a digest of our own sources."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = ""
+    sources = []
+    for name in _SOURCES:
+        spec = importlib.util.find_spec(name)
+        for root in (spec.submodule_search_locations or ()) if spec else ():
+            for file in sorted(Path(root).rglob("*")):
+                parts = file.relative_to(root).parts
+                if file.suffix in (".py", ".json") and parts[0] not in _WITHOUT_EFFECT:
+                    sources.append([name, *parts, _file_digest(file)])
+    return [versions, _digest(sources)]

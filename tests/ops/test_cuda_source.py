@@ -1,0 +1,103 @@
+"""The CUDA kernels of every operator compile with nvcc and keep to 48 KB of static shared memory."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import tvm
+from tvm.support import nvcc
+
+from rotquant_tvm import ops
+from rotquant_tvm.formats import Rotation
+
+from .cases import CASES, MIXED, Case
+from .reference import codec_of
+
+SHARED_LIMIT = 48 * 1024
+AXES = ops.Axes("cuda")
+CODECS = [("f16", 64), ("q8_0", 80), ("dense2", 96), ("rotor4:ip", 80), ("hurwitz3", 256)]
+WIDE = Case("hurwitz3/turbo4", 256, 16, 1)
+"""The most scratch: head dimension 256, and 16 query heads to a kv head."""
+CACHES = [CASES[0], MIXED, CASES[4], Case("q8_0/bf16", 96, 3, 3), WIDE]
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+def _codec_operators(text, head_dim):
+    codec = codec_of(text, head_dim)
+    yield ops.quantize(codec, "float16", AXES)
+    yield ops.dequantize(codec, "float16", AXES)
+    yield ops.roundtrip(codec, "float32", AXES)
+
+
+def _attention(build, case, dtype="float16", **options):
+    return build(*case.codecs, case.heads, case.kv_heads, 0.1, dtype, AXES, **options)
+
+
+def _dense():
+    for chunk in (True, False):
+        yield ops.attention_dense(16, 1, 256, 0.1, "float16", AXES, chunk=chunk, window=100)
+
+
+def _rotations():
+    for family, head_dim in [("none", 64), ("planar", 80), ("rotor", 128), ("turbo", 256), ("dense", 96)]:
+        yield ops.rotate(Rotation.draw(family, head_dim).structure, head_dim, "float16", AXES)
+
+
+OPERATORS = {
+    "advance": lambda: [ops.advance(AXES)],
+    "rotate": _rotations,
+    "codec": lambda: [func for case in CODECS for func in _codec_operators(*case)],
+    "append": lambda: [ops.append(*c.codecs, c.kv_heads, "float16", AXES) for c in CACHES],
+    "dequantize_cache": lambda: [ops.dequantize_cache(*c.codecs, c.kv_heads, AXES) for c in CACHES],
+    "attention_dense": _dense,
+    "attention_decode": lambda: [_attention(ops.attention_decode, c, splits=8, window=9) for c in CACHES],
+    "attention_prefill": lambda: [_attention(ops.attention_prefill, c, window=9) for c in CACHES],
+}
+
+
+def cuda_target(arch: str) -> tvm.target.Target:
+    """A GPU that need not be there."""
+    return tvm.target.Target(
+        {
+            "kind": "cuda",
+            "arch": arch,
+            "max_threads_per_block": 1024,
+            "max_shared_memory_per_block": SHARED_LIMIT,
+            "thread_warp_size": 32,
+            "host": "llvm",
+        }
+    )
+
+
+def cuda_source(functions, target: tvm.target.Target) -> str:
+    """The CUDA source that TVM generates for PrimFuncs."""
+    named = {f"kernel_{i}": func for i, func in enumerate(functions)}
+    mod = tvm.IRModule({name: func.with_attr("global_symbol", name) for name, func in named.items()})
+    return tvm.compile(mod, target).mod.imports[0].inspect_source()
+
+
+def shared_bytes(source: str) -> dict[str, int]:
+    """Static shared memory of each kernel, from its declarations."""
+    sizes = {"float": 4, "uint": 4, "int": 4, "half": 2, "ushort": 2, "unsigned short": 2, "uchar": 1}
+    found = {}
+    for name, body in re.findall(r"__global__ void .*?(\w+)\(.*?\n(.*?)\n}", source, flags=re.DOTALL):
+        declared = re.findall(r"__shared__ (?:alignas\((\d+)\) )?([\w ]+?) \w+\[(\d+)\]", body)
+        found[name] = sum(-(-sizes[kind] * int(n) // int(a or 1)) * int(a or 1) for a, kind, n in declared)
+        assert len(declared) == body.count("__shared__")
+    return found
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels_compile(operator, arch):
+    target = cuda_target(arch)
+    source = cuda_source(OPERATORS[operator](), target)
+    used = shared_bytes(source)
+    assert used and max(used.values()) <= SHARED_LIMIT, used
+    with target:
+        cubin = nvcc.compile_cuda(source, target_format="cubin", compiler="nvcc")
+    assert len(cubin) > 0
