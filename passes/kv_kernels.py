@@ -86,7 +86,7 @@ class KernelLibrary:
         )
 
 
-def rotation_constant(rotation: Rotation) -> relax.Constant:
+def rotation_constant(rotation: Rotation) -> tvm.ir.GenericConst:
     """A rotation's coefficients as the kernels take them (one unused element for the identity)."""
     data = np.asarray(rotation.data, "float32")
     return relax.const(data if data.size else np.zeros(1, "float32"))

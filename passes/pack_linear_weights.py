@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import tvm
 from rotquant_tvm.schedules.gather_llvm import PackedGather, packed_gather
-from rotquant_tvm.schedules.linear_llvm import TILE, PackedLinear, pack_weight, packed_linear
+from rotquant_tvm.schedules.linear_llvm import PackedLinear, pack_weight, packed_linear
 from rotquant_tvm.schedules.vector_target import VectorTarget
 from tvm import relax
 from tvm.target import Target
@@ -77,12 +77,16 @@ class PackLinearWeights:
     static, float32 or float16, and read by linear layers (and one kind of ``take``) only; others stay.
     """
 
-    def __init__(self, target: Target, tile: int = TILE, merge: bool = True) -> None:
-        """Set the llvm target, the tile (a power of two) and whether layers that share x become one call."""
-        if tile < 1 or tile & (tile - 1):
-            raise UsageError(f"tile {tile} is not a power of two; use 32")
+    def __init__(self, target: Target, tile: int | None = None, merge: bool = True) -> None:
+        """Set the llvm target and whether layers that share x become one call.
+
+        ``tile`` (a power of two from 2 on) is the number of outputs packed together, by default two registers.
+        """
         self.registers = VectorTarget.of(target)
-        self.tile = tile
+        self.tile = self.registers.tile if tile is None else tile
+        if self.tile < 2 or self.tile & (self.tile - 1):
+            wanted = self.registers.tile
+            raise UsageError(f"tile {tile} is not a power of two from 2 on; this target wants {wanted}")
         self.merge = merge
 
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:

@@ -32,13 +32,14 @@ REQUIRED_PASSES = ("QuantizeKVCache", "LegalizeOps")
 
 def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.transform.Pass]:
     """Return the project's passes on the model's graph, in order."""
+    from .passes.expand_power import ExpandPower
     from .passes.find_attention import FindAttention
     from .passes.hoist_rotation import HoistRotation
     from .passes.lower_kv_ops import LowerKVOps
     from .passes.pack_linear_weights import PackLinearWeights
     from .passes.quantize_kv_cache import QuantizeKVCache
 
-    passes = [FindAttention(), QuantizeKVCache(config), HoistRotation(), LowerKVOps()]
+    passes = [ExpandPower(), FindAttention(), QuantizeKVCache(config), HoistRotation(), LowerKVOps()]
     if target.kind.name == "llvm":
         passes.append(PackLinearWeights(target))
     return passes

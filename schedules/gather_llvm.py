@@ -9,8 +9,6 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from .linear_llvm import TILE
-
 _SERIAL_ROWS = 8
 """Up to so many rows cost less than waking the other threads."""
 
@@ -25,7 +23,7 @@ class PackedGather:
     index_dtype: str = "int64"
     weight_dtype: str = "float32"
     output_dtype: str = "float32"
-    tile: int = TILE
+    tile: int = 32
 
 
 @functools.cache

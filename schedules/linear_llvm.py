@@ -9,8 +9,9 @@ across lanes, and one row (decode) and many rows (prefill) read the same bytes i
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +21,11 @@ from tvm.tirx.script import builder as T
 
 from .vector_target import VectorTarget
 
-TILE = 32
-"""Output features per tile: two AVX-512, four AVX2 or eight 128-bit registers."""
-
 ROWS_PER_TASK = 96
 """Rows that one task multiplies with one tile: few enough for x to stay in the L2 cache."""
 
 
-def pack_weight(weight: np.ndarray, tile: int = TILE) -> np.ndarray:
+def pack_weight(weight: np.ndarray, tile: int) -> np.ndarray:
     """Pack ``[out_features, in_features]`` as ``[ceil(out_features / tile), in_features, tile]``, padded."""
     out_features, in_features = weight.shape
     tiles = -(-out_features // tile)
@@ -53,7 +51,7 @@ class PackedLinear:
     input_dtype: str = "float32"
     output_dtype: str = "float32"
     weight_dtype: str = "float32"
-    tile: int = TILE
+    tile: int = 32
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -77,9 +75,8 @@ class _LinearKernel:
     def __init__(self, spec: PackedLinear, registers: VectorTarget) -> None:
         self.spec = spec
         self.lanes = min(registers.lanes, spec.tile)
-        self.sums = registers.registers * 3 // 4
-        """Registers for sums; the others hold weights and x."""
-        self.rows = self.sums // 2
+        # A quarter of the registers is for weights and x, the others hold sums.
+        self.rows = max(1, registers.registers * 3 // 4 * self.lanes // spec.tile)
 
     def emit(self) -> None:
         spec = self.spec
@@ -118,31 +115,30 @@ class _LinearKernel:
             with T.serial(count // micro) as step:
                 self._micro_kernel(first + step * micro, tile, micro)
             left = count % micro
-            for size in self._smaller_sizes():
+            for size in (size for size in (8, 4, 2, 1) if size < micro):
                 with T.If(left >= size):
                     with T.Then():
                         self._micro_kernel(first + count - left, tile, size)
                 left = left % size
 
-    def _smaller_sizes(self) -> list[int]:
-        """Rows of the micro kernels for what is left: powers of two below the largest that reads whole tiles.
-
-        A kernel that reads a tile in slices is slow where the weight comes from memory.
-        """
-        whole = self.sums // (self.spec.tile // self.lanes)
-        sizes = [whole] if 1 < whole < self.rows else []
-        limit = sizes[0] if sizes else self.rows
-        return sizes + [size for size in (8, 4, 2, 1) if size < limit]
-
     def _micro_kernel(self, row: tirx.Expr, tile: tirx.Expr, rows: int) -> None:
-        """``rows`` rows from ``row`` on, times one tile, as many columns at a time as the registers hold."""
+        """Multiply ``rows`` rows from ``row`` on with one tile."""
         x, base = self._float32_rows(row, rows)
-        vectors = self.spec.tile // self.lanes
-        while rows * vectors > self.sums:
-            vectors //= 2
-        columns = vectors * self.lanes
-        with T.serial(self.spec.tile // columns) as block:
-            self._block(x, base, row, tile, block * columns, rows, vectors)
+        width = self.spec.tile
+        sums = T.alloc_buffer((rows, width), "float32", scope="local")
+        for r, column in self._vectors(rows):
+            T.buffer_store(sums, T.Broadcast(T.float32(0), self.lanes), [r, column])
+        with T.serial(self.spec.in_features) as k:
+            for r, column in self._vectors(rows):
+                weight = _widen(self.weight[tile, k, column], self.spec.weight_dtype, self.lanes)
+                product = T.Broadcast(x[base + r, k], self.lanes) * weight
+                T.buffer_store(sums, sums[r, column] + product, [r, column])
+        self._store(sums, row, tile, 0)
+
+    def _vectors(self, rows: int, first: tirx.Expr | int = 0) -> Iterator[tuple[int, tirx.Expr]]:
+        """(row, columns) of each vector of sums, the columns counted from ``first``."""
+        for row, column in itertools.product(range(rows), range(0, self.spec.tile, self.lanes)):
+            yield row, T.ramp(first + column, 1, self.lanes)
 
     def _float32_rows(self, row: tirx.Expr, rows: int) -> tuple[tirx.Buffer, tirx.Expr]:
         """Return x itself, or its rows widened once into a scratch buffer: scalar conversions are slow."""
@@ -158,55 +154,44 @@ class _LinearKernel:
                 T.buffer_store(wide, value, [r, columns])
         return wide, tirx.const(0, "int64")
 
-    def _block(self, x, base, row, tile, column, rows: int, vectors: int) -> None:
-        sums = T.alloc_buffer((rows, vectors * self.lanes), "float32", scope="local")
-        for r, v in np.ndindex(rows, vectors):
-            T.buffer_store(sums, T.Broadcast(T.float32(0), self.lanes), [r, self._lane(v)])
-        with T.serial(self.spec.in_features) as k:
-            for r, v in np.ndindex(rows, vectors):
-                weight = self.weight[tile, k, self._lane(v, column)]
-                weight = _widen(weight, self.spec.weight_dtype, self.lanes)
-                product = T.Broadcast(x[base + r, k], self.lanes) * weight
-                T.buffer_store(sums, sums[r, self._lane(v)] + product, [r, self._lane(v)])
-        self._store(sums, row, tile, column, 0)
-
-    def _store(self, sums: tirx.Buffer, row, tile, column, layer: int) -> None:
+    def _store(self, sums: tirx.Buffer, row: tirx.Expr, tile: tirx.Expr, layer: int) -> None:
         """Write to the layer that the tile belongs to."""
         first, tiles = sum(self.spec.tiles[:layer]), self.spec.tiles[layer]
+        column = (tile - first) * self.spec.tile
         if layer + 1 == len(self.spec.tiles):
-            self._store_layer(sums, row, (tile - first) * self.spec.tile + column, layer)
+            self._store_layer(sums, row, column, layer)
             return
         with T.If(tile < first + tiles):
             with T.Then():
-                self._store_layer(sums, row, (tile - first) * self.spec.tile + column, layer)
+                self._store_layer(sums, row, column, layer)
             with T.Else():
-                self._store(sums, row, tile, column, layer + 1)
+                self._store(sums, row, tile, layer + 1)
 
-    def _store_layer(self, sums: tirx.Buffer, row, column, layer: int) -> None:
-        rows, width = (int(n) for n in sums.shape)
+    def _store_layer(self, sums: tirx.Buffer, row: tirx.Expr, column: tirx.Expr, layer: int) -> None:
         out_features = self.spec.out_features[layer]
-
-        def whole() -> None:
-            for r, v in np.ndindex(rows, width // self.lanes):
-                self._store_vector(sums[r, self._lane(v)], row + r, self._lane(v, column), layer, self.lanes)
-
-        def partial() -> None:
-            # Indexing the sums by a variable would push them out of their registers, hence the copy.
-            copy = T.alloc_buffer((rows, width), "float32")
-            for r, v in np.ndindex(rows, width // self.lanes):
-                T.buffer_store(copy, sums[r, self._lane(v)], [r, self._lane(v)])
-            with T.serial(T.max(out_features - column, 0)) as c:
-                for r in range(rows):
-                    self._store_vector(copy[r, c], row + r, column + c, layer, 1)
-
         if out_features % self.spec.tile == 0:
-            whole()
+            self._store_whole(sums, row, column, layer)
             return
-        with T.If(column + width <= out_features):
+        with T.If(column + self.spec.tile <= out_features):
             with T.Then():
-                whole()
+                self._store_whole(sums, row, column, layer)
             with T.Else():
-                partial()
+                self._store_partial(sums, row, column, layer)
+
+    def _store_whole(self, sums: tirx.Buffer, row: tirx.Expr, column: tirx.Expr, layer: int) -> None:
+        rows = int(sums.shape[0])
+        for (r, source), (_, target) in zip(self._vectors(rows), self._vectors(rows, column), strict=True):
+            self._store_vector(sums[r, source], row + r, target, layer, self.lanes)
+
+    def _store_partial(self, sums: tirx.Buffer, row: tirx.Expr, column: tirx.Expr, layer: int) -> None:
+        # Indexing the sums by a variable would push them out of their registers, hence the copy.
+        copy = T.alloc_buffer(sums.shape, "float32")
+        rows = int(sums.shape[0])
+        for r, source in self._vectors(rows):
+            T.buffer_store(copy, sums[r, source], [r, source])
+        with T.serial(T.max(self.spec.out_features[layer] - column, 0)) as c:
+            for r in range(rows):
+                self._store_vector(copy[r, c], row + r, column + c, layer, 1)
 
     def _store_vector(self, value, row, columns, layer: int, lanes: int) -> None:
         if self.bias[layer] is not None:
@@ -216,9 +201,6 @@ class _LinearKernel:
         if self.spec.output_dtype != "float32":
             value = T.Cast(_vector(self.spec.output_dtype, lanes), value)
         T.buffer_store(self.y[layer], value, [row, columns])
-
-    def _lane(self, vector: int, column=0) -> tirx.Expr:
-        return T.ramp(column + vector * self.lanes, 1, self.lanes)
 
 
 def _widen(value: tirx.Expr, dtype: str, lanes: int) -> tirx.Expr:

@@ -18,6 +18,11 @@ class VectorTarget:
     lanes: int
     registers: int
 
+    @property
+    def tile(self) -> int:
+        """Output features that a packed weight keeps together: two registers, see :mod:`.linear_llvm`."""
+        return 2 * self.lanes
+
     @classmethod
     def of(cls, target: Target) -> VectorTarget:
         """Read the registers off the target's features; an unknown CPU counts as 16 registers of 128 bits.

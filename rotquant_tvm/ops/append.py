@@ -52,7 +52,9 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
             codes = T.sblock_alloc_buffer((32 * head_dim,), "uint16", scope=axes.scratch)
             # A loop that may be empty, not a condition: the compiler puts no barrier inside a condition.
             zero = tir.const(0, "int64")
-            count = T.Bind(tir.Select(tile < tiles, tir.max(last - first, zero), zero))
+            size = T.alloc_buffer((1,), "int64", scope="local")
+            T.buffer_store(size, tir.Select(tile < tiles, tir.max(last - first, zero), zero), [0])
+            count = size[0]
             for role, codec, x, rotation in zip("kv", (codec_k, codec_v), source, rotations, strict=True):
                 target = _TileWriter(cache, (b, head, tile), layout, role)
                 with T.serial(0, count) as n:
@@ -68,7 +70,7 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
                         lambda row, gain, target=target, token=token: target.store_gain(token, row, gain),
                         buffers,
                     )
-                target.pack(axes, codes, first, count)
+                target.pack(axes, codes, first, last, count)
     return builder.get()
 
 
@@ -87,14 +89,14 @@ class _TileWriter:
         bits = tir.reinterpret("uint16", gain).astype("uint32") << shift
         T.buffer_store(self.cache, self.cache[tuple(index)] & ~(u32(0xFFFF) << shift) | bits, index)
 
-    def pack(self, axes: Axes, codes: Any, first: Expr, count: Expr) -> None:
+    def pack(self, axes: Axes, codes: Any, first: Expr, last: Expr, count: Expr) -> None:
         section, head_dim = self.section, self.section.head_dim
 
         def code(token: Expr, dim: Expr) -> Expr:
             return codes[token * head_dim + dim].astype("uint32")
 
         def written(token: Expr) -> Expr:
-            return tir.all(token >= first, token < first + count)
+            return tir.all(token >= first, token < last)
 
         update = WordUpdate(section, code, written)
 

@@ -23,13 +23,13 @@ Shape = tuple[int, ...]
 class CompiledCodec:
     """The operations of ``codec`` for ``target``; ``Codec.compile`` makes it.
 
-    Every method takes NumPy arrays, torch tensors or TVM tensors [..., head_dim] and returns the same kind, on
-    the same device. float16 and float32 are read as they are, without a copy where they are contiguous; other
-    numbers are converted to float32 first. Arithmetic is float32, so codes differ from NumPy's only where a
-    value lies within rounding of a codebook's boundary. A kernel is compiled when it is first needed.
+    Every method takes NumPy arrays, torch tensors or TVM tensors [..., head_dim] and returns the same kind,
+    on the same device. float16 and float32 are read as they are, without a copy where they are contiguous;
+    other numbers are converted to float32 first. Arithmetic is float32, so codes differ from NumPy's only
+    where a value lies within rounding of a codebook's boundary. A kernel is compiled when it is first needed.
 
-    Raises ``UsageError`` for a target other than llvm and cuda, and in its methods for a last axis that is not
-    ``head_dim`` and for a tensor on a device that the codec was not compiled for.
+    Raises ``UsageError`` for a target other than llvm and cuda, and in its methods for a last axis that is
+    not ``head_dim`` and for a tensor on a device that the codec was not compiled for.
     """
 
     def __init__(self, codec: Codec, target: str | tvm.target.Target = "llvm") -> None:
@@ -59,7 +59,7 @@ class CompiledCodec:
         return "uint16" if self.format.bits == 16 else "uint8"
 
     def encode(self, x: Any) -> EncodedKV:
-        """Encode vectors x [..., d]: codes [..., d] and gain float16 [..., gains], defined for every input."""
+        """Encode x [..., d] to codes [..., d] and gain float16 [..., gains]; defined for every input."""
         kind, x, shape = self._vectors(x)
         rows, gains = math.prod(shape[:-1]), self.codec.gains_per_vector
         codes = kind.empty((rows, self.head_dim), self._code_dtype)

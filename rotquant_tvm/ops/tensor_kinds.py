@@ -28,27 +28,27 @@ class TensorKind:
     name: ClassVar[str]
 
     def dtype(self, x: Any) -> str:
-        """The dtype's name."""
+        """Return the dtype's name."""
         return str(x.dtype)
 
     def floats(self, x: Any) -> Any:
-        """``x`` as float32 or float16."""
+        """Return ``x`` as float32 or float16."""
         raise NotImplementedError
 
     def argument(self, x: Any, shape: Shape) -> Any:
-        """``x`` as a kernel reads it: compact, of another shape; the same memory if possible."""
+        """Return ``x`` as a kernel reads it, compact and of another shape; the same memory if it can."""
         raise NotImplementedError
 
     def empty(self, shape: Shape, dtype: str) -> Any:
-        """An output for a kernel."""
+        """Return an output for a kernel."""
         raise NotImplementedError
 
     def result(self, output: Any, shape: Shape) -> Any:
-        """What ``empty`` made, as the caller gets it."""
+        """Return what ``empty`` made as the caller gets it."""
         raise NotImplementedError
 
 
-class NumpyKind(TensorKind):
+class _NumpyKind(TensorKind):
     """NumPy arrays; for a GPU they are copied there and back."""
 
     name = "numpy"
@@ -75,7 +75,7 @@ class NumpyKind(TensorKind):
         return array.reshape(shape)
 
 
-class TorchKind(TensorKind):
+class _TorchKind(TensorKind):
     """torch tensors; results lie on the device of their source and carry no gradient."""
 
     name = "torch"
@@ -97,7 +97,7 @@ class TorchKind(TensorKind):
         return output.reshape(shape)
 
 
-class TVMKind(TensorKind):
+class _TVMKind(TensorKind):
     """TVM tensors, which must be float32 or float16 already."""
 
     name = "tvm"
@@ -122,7 +122,7 @@ class TVMKind(TensorKind):
 
 
 def kind_of(x: Any, device: tvm.runtime.Device) -> tuple[TensorKind, Any]:
-    """The kind of ``x``, which kernels for ``device`` can read, and ``x`` itself (an array-like as NumPy).
+    """Return the kind of ``x``, which kernels for ``device`` can read, and ``x`` (an array-like as NumPy).
 
     Raises ``UsageError`` for a tensor on a device of another type, ``DeviceError`` if ``device`` is absent.
     """
@@ -131,11 +131,13 @@ def kind_of(x: Any, device: tvm.runtime.Device) -> tuple[TensorKind, Any]:
     torch = sys.modules.get("torch")
     kind: type[TensorKind]
     if isinstance(x, tvm.runtime.Tensor):
-        kind = TVMKind
+        kind = _TVMKind
     elif torch is not None and isinstance(x, torch.Tensor):
-        kind = TorchKind
+        kind = _TorchKind
     else:
-        return NumpyKind(device), np.asarray(x)
+        return _NumpyKind(device), np.asarray(x)
     if x.device.type != device.type:
-        raise UsageError(f"the tensor is on {x.device} and the codec was compiled for {device}; move one of them")
+        raise UsageError(
+            f"the tensor is on {x.device} and the codec was compiled for {device}; move one of them"
+        )
     return kind(tvm.runtime.device(device.type, x.device.index or 0)), x

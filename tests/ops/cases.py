@@ -1,4 +1,4 @@
-"""The caches that the operator tests cover: formats, head dimensions and grouped heads, each at least once."""
+"""The caches that the operator tests cover: formats, head dimensions and grouped heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels for the operator tests, compiled once per target; each test runs on llvm and, if there is one, a GPU."""
+"""Kernels for the operator tests, compiled once per target: llvm, and CUDA where there is a GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Kernels:
         return tvm.runtime.tensor(np.ascontiguousarray(array), self.device)
 
     def run(self, kernel, *arrays, writes):
-        """Call a kernel and return the arguments numbered ``writes``; assert that it leaves the others alone."""
+        """Call a kernel; return the arguments numbered ``writes``, assert that the others stay."""
         tensors = [self.tensor(array) for array in arrays]
         kernel(*tensors)
         after = [tensor.numpy() for tensor in tensors]

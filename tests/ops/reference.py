@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -26,13 +26,13 @@ SINGLE_TINY = 1e-15
 """Norms below this have squares that float32 cannot hold; their fp16 gain is 0 all the same."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def codec_of(text: str, head_dim: int, seed: int = 0) -> Codec:
     """The codec of a spelling; the same object each time, so that kernels built from it are shared."""
     return KVFormat.parse(text).codec(head_dim, seed)
 
 
-@lru_cache(maxsize=None)
+@cache
 def codecs_of(pair: str, head_dim: int) -> tuple[Codec, Codec]:
     """The K and V codec of a pair's spelling, with different rotations."""
     k, v = parse_pair(pair)
@@ -147,7 +147,7 @@ def filled_cache(rng, codecs, kv_heads: int, tiles: int, lengths: np.ndarray) ->
 
 
 def stored_kv(codecs, cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of a cache in the rotated basis, float64 [b, h, 32·tiles, d]; garbage past the lengths."""
+    """Keys and values of a cache, rotated, float64 [b, h, 32·tiles, d]; garbage past the lengths."""
     encoded = unpack_words(layout_of(codecs), cache)
     with np.errstate(invalid="ignore"):
         k, v = (codec.decode_rotated(e) for codec, e in zip(codecs, encoded, strict=True))

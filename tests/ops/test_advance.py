@@ -15,5 +15,6 @@ def test_lengths_grow_by_the_new_tokens(kernels):
 
 
 def test_one_sequence(kernels):
-    after = kernels.run(kernels.build(ops.advance), np.array([9], np.int32), np.array([1], np.int32), writes=(0,))
+    lengths, new = np.array([9], np.int32), np.array([1], np.int32)
+    after = kernels.run(kernels.build(ops.advance), lengths, new, writes=(0,))
     assert after.tolist() == [10]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import psutil
 import pytest
+import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +17,8 @@ from .reference import check_encoding, coefficients, layout_of, pack_words, rand
 
 TILES = 3
 # (tokens before, new tokens) of each sequence: tile boundaries, nothing new, one long beside short ones
-RAGGED = [(0, 0), (0, 1), (0, 31), (0, 32), (0, 33), (31, 1), (31, 2), (32, 40), (5, 20), (63, 33), (40, 0), (27, 40)]
+RAGGED = [(0, 0), (0, 1), (0, 31), (0, 32), (0, 33), (31, 1), (31, 2), (32, 40), (5, 20), (63, 33)]
+RAGGED += [(40, 0), (27, 40)]
 
 
 def append(kernels, case, cache, k, v, before, new):
@@ -121,3 +124,31 @@ def test_half_precision_source(kernels, rng, case):
     cache, k, v = random_step(rng, case, new, "float16")
     after = append(kernels, case, cache, k, v, before, new)
     check_append(case, cache, after, (k, v), before, new)
+
+
+def test_offsets_beyond_32_bits(kernels, rng):
+    """A cache of 9 GB, of which only the last tiles are touched."""
+    case, tiles = CASES[1], 600_000
+    layout = layout_of(case.codecs)
+    words = layout.tile_bytes // 4
+    if psutil.virtual_memory().total < 16 * 2**30 and kernels.kind == "llvm":
+        pytest.skip("needs 10 GB of address space")
+    shape = (1, case.kv_heads, tiles, words)
+    assert np.prod(shape, dtype=np.int64) > 2**31
+    cache = tvm.runtime.empty(shape, "uint32", kernels.device)
+    _, k, v = random_step(rng, case, [3])
+    start = 32 * tiles - 3
+    arrays = [k, v, *(coefficients(c.rotation) for c in case.codecs)]
+    lengths = [np.array([start + 3], np.int32), np.array([3], np.int32)]
+    kernel = kernels.build(ops.append, *case.codecs, case.kv_heads, "float32")
+    kernel(cache, *(kernels.tensor(x) for x in (*arrays, *lengths)))
+    last = [_tile(cache, (head + 1) * tiles - 1, words) for head in range(case.kv_heads)]
+    now = unpack_words(layout, np.stack(last)[None, :, None])
+    for codec, x, encoded in zip(case.codecs, (k, v), now, strict=True):
+        codes, gain = (_vectors(part[0, :, 29:]) for part in (encoded.codes, encoded.gain))
+        check_encoding(codec, _vectors(x[0]), EncodedKV(codes, gain))
+
+
+def _tile(cache, index, words):
+    """Tile number ``index`` of a cache, over all its heads."""
+    return cache._create_view((words,), relative_byte_offset=4 * words * index).numpy()

@@ -74,7 +74,8 @@ def test_ragged_batches(kernels, rng, poisoned, head_dim, heads, kv_heads, chunk
 def test_sliding_windows(kernels, rng, poisoned, chunk, window):
     arguments = inputs(rng, 6, 2, 80)
     reference = expected(arguments, window)
-    check_output(dense(kernels, poisoned, arguments if chunk else joined(arguments), chunk, window), reference)
+    actual = dense(kernels, poisoned, arguments if chunk else joined(arguments), chunk, window)
+    check_output(actual, reference)
 
 
 @pytest.mark.parametrize("chunk", [True, False])

@@ -23,7 +23,8 @@ def loops(axes: Axes, extent: int):
     body, found, guarded = builder.get().body, [], []
 
     def note(loop):
-        tag = loop.thread_binding.thread_tag if loop.thread_binding is not None else tirx.ForKind(loop.kind).name
+        bound = loop.thread_binding
+        tag = tirx.ForKind(loop.kind).name if bound is None else bound.thread_tag
         found.append((tag, int(loop.extent)))
 
     structural_walk(body, [(tirx.For, note), (tirx.IfThenElse, guarded.append)], order="pre")
@@ -36,7 +37,9 @@ def test_llvm_blocks_are_parallel_and_lanes_serial():
     assert Axes("llvm").scratch == "local"
 
 
-@pytest.mark.parametrize(("extent", "rounds", "guarded"), [(128, 1, False), (256, 2, False), (200, 2, True), (5, 1, True)])
+@pytest.mark.parametrize(
+    ("extent", "rounds", "guarded"), [(128, 1, False), (256, 2, False), (200, 2, True), (5, 1, True)]
+)
 def test_cuda_blocks_and_lanes_are_threads(extent, rounds, guarded):
     found, has_guard = loops(Axes("cuda"), extent)
     assert found == [("blockIdx.x", 8), ("SERIAL", rounds), ("threadIdx.x", 128)]

@@ -5,6 +5,7 @@ import pytest
 import tvm
 from rotquant_tvm.passes.pack_linear_weights import PackLinearWeights, make_weights, weight_recipes
 from rotquant_tvm.schedules.linear_llvm import pack_weight
+from rotquant_tvm.schedules.vector_target import VectorTarget
 from tvm import relax
 from tvm.script import ir as I
 from tvm.script import relax as R
@@ -124,7 +125,9 @@ def test_recipes_tell_every_weight_of_the_new_function():
     weights = weights_of(Block["main"])
     for array, param in zip(make_weights(after, weights), after.params[1:], strict=True):
         assert array.shape == tuple(int(n) for n in param.ty.shape) and array.flags.c_contiguous
-    np.testing.assert_array_equal(recipes[0].make(weights), pack_weight(weights[0]))
+    np.testing.assert_array_equal(
+        recipes[0].make(weights), pack_weight(weights[0], VectorTarget.of(LLVM).tile)
+    )
     assert recipes[1].make(weights) is weights[1]
 
 
@@ -235,7 +238,7 @@ def test_a_weight_of_two_layers_is_stored_once():
     np.testing.assert_allclose(actual, (a + x) @ w.T + a, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tile", [0, -8, 24])
+@pytest.mark.parametrize("tile", [0, 1, -8, 24])
 def test_a_bad_tile_is_refused(tile):
     with pytest.raises(UsageError, match=str(tile)):
         PackLinearWeights(LLVM, tile=tile)

@@ -17,7 +17,7 @@ def test_rows_of_the_embedding(shape, dtypes, run):
     weight = rng.standard_normal((70, 37)).astype(stored)
     ids = rng.integers(0, 70, shape).astype("int32")
     ids.flat[0] = 69
-    (y,) = run(packed_gather(spec), pack_weight(weight), ids, np.zeros((*shape, 37), wanted))
+    (y,) = run(packed_gather(spec), pack_weight(weight, 32), ids, np.zeros((*shape, 37), wanted))
     np.testing.assert_array_equal(y, weight[ids].astype(wanted))
 
 
@@ -25,6 +25,9 @@ def test_a_bad_id_reads_inside_the_weight(run):
     weight = np.arange(33 * 4, dtype="float32").reshape(33, 4)
     ids = np.array([-1, 33, 10**9], "int64")
     (y,) = run(
-        packed_gather(PackedGather(33, 4, leading=1)), pack_weight(weight), ids, np.zeros((3, 4), "float32")
+        packed_gather(PackedGather(33, 4, leading=1)),
+        pack_weight(weight, 32),
+        ids,
+        np.zeros((3, 4), "float32"),
     )
     np.testing.assert_array_equal(y, weight[[0, 32, 32]])

