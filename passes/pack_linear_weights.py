@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import tvm
-from rotquant_tvm.schedules.gather_llvm import PackedGather, packed_gather
-from rotquant_tvm.schedules.linear_llvm import PackedLinear, pack_weight, packed_linear
-from rotquant_tvm.schedules.vector_target import VectorTarget
 from tvm import relax
 from tvm.target import Target
 
-from rotquant_tvm.errors import UsageError
-
+from ..errors import UsageError
+from ..schedules.gather_llvm import PackedGather, packed_gather
+from ..schedules.linear_llvm import PackedLinear, pack_weight, packed_linear
+from ..schedules.vector_target import VectorTarget
 from .linear_sites import EmbeddingSite, LinearSite, LinearSites
 
 RECIPES_ATTR = "rotquant.weight_recipes"
@@ -80,7 +79,7 @@ class PackLinearWeights:
     def __init__(self, target: Target, tile: int | None = None, merge: bool = True) -> None:
         """Set the llvm target and whether layers that share x become one call.
 
-        ``tile`` (a power of two from 2 on) is the number of outputs packed together, by default two registers.
+        ``tile`` (a power of two from 2 on) is how many outputs are packed together, by default two registers.
         """
         self.registers = VectorTarget.of(target)
         self.tile = self.registers.tile if tile is None else tile

@@ -27,7 +27,7 @@ class Elementwise:
         loops = sch.get_loops(block.block_rv)
         if not loops:
             return
-        while len(loops) > 1 and not _is_vector(sch, loops[-1], lanes) and _is_static(sch, loops[-2:]):
+        while len(loops) > 1 and _is_static(sch, loops[-2:]) and int(sch.get(loops[-1]).extent) < lanes:
             loops[-2:] = [sch.fuse(*loops[-2:])]
         outer = loops[:-1]
         chunks = vectorize(sch, loops[-1], lanes)
@@ -53,11 +53,6 @@ def vectorize(sch: s_tir.Schedule, loop: s_tir.schedule.LoopRV, lanes: int) -> s
 def vector_factor(extent: int, lanes: int) -> int:
     """Return the largest power of two, at most ``lanes``, that divides the extent."""
     return min(extent & -extent, lanes)
-
-
-def _is_vector(sch: s_tir.Schedule, loop: s_tir.schedule.LoopRV, lanes: int) -> bool:
-    extent = sch.get(loop).extent
-    return not isinstance(extent, tirx.IntImm) or vector_factor(int(extent), lanes) == lanes
 
 
 def _is_static(sch: s_tir.Schedule, loops: list[s_tir.schedule.LoopRV]) -> bool:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from rotquant_tvm import __version__
-from rotquant_tvm.cli.options import Parser, common_options
+from rotquant_tvm.cli.options import Parser, common_options, join_layer_lists
 from rotquant_tvm.cli.output import Output
 from rotquant_tvm.cli.streams import Streams, own_streams
 from rotquant_tvm.errors import RotQuantError, UsageError
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser().parse_args(join_layer_lists(argv))
     except UsageError as error:
         return _failed(
             error, Output(Streams(sys.stdout, sys.stderr), "--json" in argv, argv.count("-vv") * 2)

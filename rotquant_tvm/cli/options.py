@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 from rotquant_tvm.errors import UsageError
 
@@ -69,6 +70,17 @@ def kv_cache_text(arguments: argparse.Namespace) -> str:
     if arguments.kv_cache is not None:
         raise UsageError("--kv-cache and -ctk/-ctv say the same thing; give one of them")
     return f"{k or 'f16'}/{v or 'f16'}"
+
+
+def join_layer_lists(argv: Sequence[str]) -> list[str]:
+    """Make ``--kv-layers -1=f16`` one word, which argparse would else take for an option called -1."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1] == "--kv-layers" and re.match(r"-\d", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def integer(least: int) -> Callable[[str], int]:

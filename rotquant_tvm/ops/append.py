@@ -52,6 +52,7 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
             codes = T.sblock_alloc_buffer((32 * head_dim,), "uint16", scope=axes.scratch)
             # A loop that may be empty, not a condition: the compiler puts no barrier inside a condition.
             zero = tir.const(0, "int64")
+            # In a register, not a formula: the compiler would prove things about it at every statement below.
             size = T.alloc_buffer((1,), "int64", scope="local")
             T.buffer_store(size, tir.Select(tile < tiles, tir.max(last - first, zero), zero), [0])
             count = size[0]

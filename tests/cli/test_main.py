@@ -120,8 +120,8 @@ def test_an_interrupt_ends_without_a_traceback(tvmc, monkeypatch):
 def test_quick_commands_load_neither_torch_nor_tvm(tvmc_process):
     script = (
         "import sys; from rotquant_tvm.cli.main import main\n"
-        "for words in (['--help'], ['formats'], ['compile', 'x', '--kv-cache', 'no'], ['compile', 'nowhere'],\n"
-        "              ['run', 'nowhere'], ['inspect', 'nowhere']): main(words)\n"
+        "for words in (['--help'], ['formats'], ['compile', 'x', '--kv-cache', 'no'],\n"
+        "              ['compile', 'nowhere'], ['run', 'nowhere'], ['inspect', 'nowhere']): main(words)\n"
         "print([name for name in ('torch', 'tvm', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

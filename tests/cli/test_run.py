@@ -82,8 +82,8 @@ def test_times_and_kernels(tvmc, artifact):
     ended = tvmc("run", artifact, "--print-time", "--profile", "--repeat", 3, "--number", 2, "--json")
     time, profile = ended.document["time_ms"], ended.document["profile"]
     assert 0 < time["min"] <= time["median"] <= time["max"] and time["min"] <= time["mean"] <= time["max"]
-    calls = {entry["kernel"]: entry["calls"] for entry in profile}
-    assert calls["kv_attention_prefill"] == 2 and sum(entry["share"] for entry in profile) == pytest.approx(1)
+    calls = [entry["calls"] for entry in profile if entry["kernel"].startswith("kv_attention_prefill")]
+    assert sum(calls) == 2 and sum(entry["share"] for entry in profile) == pytest.approx(1)
     shown = tvmc("run", artifact, "--prompt", "abc", "--max-tokens", 4, "--print-time", "--profile").out
     assert "decode tokens/s" in shown and "kv_attention_decode" in shown and "execution time (ms)" in shown
 
@@ -106,7 +106,7 @@ def test_a_generation_can_be_measured_and_written(tvmc, artifact, tmp_path):
         (["--prompt", "\udcff"], "UTF-8"),
         (["--outputs", "/"], "--outputs"),
         (["--outputs", "/no/such/folder/y.npz"], "--outputs"),
-        (["--device", "tpu"], "cpu, cuda"),
+        (["--device", "tpu"], "'tpu'"),
         (["--device", "cuda"], "compiled for llvm"),
         (["--kv-capacity", "9999"], "256"),
         (["--prompt", "a" * 100, "--kv-capacity", "64"], "--kv-capacity"),
