@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import rotquant_tvm.passes  # noqa: F401  (registers our exceptions with TVM)
 import tvm
 from tvm.script import tirx as T
 
-import rotquant_tvm.passes  # noqa: F401  (registers our exceptions with TVM)
 from rotquant_tvm import errors
 from rotquant_tvm.pass_hooks import PassHooks, PassTimer
 from rotquant_tvm.pipeline import check_pass_names, pass_context, pass_names, run_passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,14 +96,14 @@ def _source(library: Any, kind: str, form: str) -> str:
 def _ptx(source: str, target: tvm.target.Target) -> str:
     from tvm.support import nvcc
 
-    last: Exception | None = None
-    for compiler in ("nvcc", "nvrtc"):
-        try:
+    compiler = "nvcc" if shutil.which("nvcc") else "nvrtc"
+    try:
+        with target:  # it reads the architecture from there
             code = nvcc.compile_cuda(source, "ptx", arch=str(target.attrs["arch"]), compiler=compiler)
-            return code.decode() if isinstance(code, bytes | bytearray) else str(code)
-        except Exception as error:
-            last = error
-    reason = str(last).strip().splitlines()[0] if str(last).strip() else type(last).__name__
-    raise DeviceError(
-        f"--dump-code ptx: CUDA code cannot be compiled here ({reason}); install the CUDA toolkit or drop ptx"
-    ) from last
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DeviceError(
+            f"--dump-code ptx: {compiler} cannot compile the CUDA code here ({reason}); install the CUDA "
+            "toolkit or drop ptx"
+        ) from error
+    return bytes(code).decode()

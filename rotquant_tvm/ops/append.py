@@ -13,7 +13,7 @@ from ..formats import Codec, TileLayout
 from .axes import Axes
 from .tile_access import CodeSection, code_section, gain_position, u32
 from .tile_pack import PERIOD, Pieces, WordUpdate, half_word_pieces, tail_pieces, word_pieces
-from .vector_code import EncodeBuffers, emit_encode, rotation_size
+from .vector_code import EncodeBuffers, emit_encode, register, rotation_size
 
 Expr = Any
 
@@ -52,10 +52,7 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
             codes = T.sblock_alloc_buffer((32 * head_dim,), "uint16", scope=axes.scratch)
             # A loop that may be empty, not a condition: the compiler puts no barrier inside a condition.
             zero = tir.const(0, "int64")
-            # In a register, not a formula: the compiler would prove things about it at every statement below.
-            size = T.alloc_buffer((1,), "int64", scope="local")
-            T.buffer_store(size, tir.Select(tile < tiles, tir.max(last - first, zero), zero), [0])
-            count = size[0]
+            count = register(tir.Select(tile < tiles, tir.max(last - first, zero), zero))
             for role, codec, x, rotation in zip("kv", (codec_k, codec_v), source, rotations, strict=True):
                 target = _TileWriter(cache, (b, head, tile), layout, role)
                 with T.serial(0, count) as n:

@@ -13,7 +13,7 @@ from ..formats import Codec, TileLayout
 from .axes import Axes
 from .dequantize import TileReader
 from .online_softmax import OnlineSoftmax
-from .vector_code import f32
+from .vector_code import f32, register
 
 Expr = Any
 
@@ -58,15 +58,16 @@ def attention_prefill(
             past = T.Bind(lengths[b] - new_lengths[b])
             stored = T.Bind(tir.min(past, (tiles * 32).astype("int32")))
             zero = tir.const(0, "int32")
-            oldest = T.Bind(tir.max(past + row - (window - 1), zero) if window else zero)
+            oldest = register(tir.max(past + row - (window - 1), zero)) if window else zero
             state = OnlineSoftmax(axes, 1, head_dim)
             state.start(lambda _, dim: f32(q[b, row, head, dim]), scale)
             kv_head = head // group
             keys, values = (TileReader(cache, c, layout, r) for c, r in ((codec_k, "k"), (codec_v, "v")))
             # Loops that may be empty, not conditions: the compiler puts no barrier inside a condition.
             real = row < new_lengths[b]
-            skipped = T.Bind(oldest // 32)
-            with T.serial(0, tir.Select(real, tir.max((stored + 31) // 32 - skipped, zero), zero)) as step:
+            skipped = register(oldest // 32)
+            count = register(tir.Select(real, tir.max((stored + 31) // 32 - skipped, zero), zero))
+            with T.serial(0, count) as step:
                 tile = skipped + step
                 at = (b, kv_head, tile)
                 state.tile(
@@ -74,8 +75,9 @@ def attention_prefill(
                     lambda token, dim: values.value(at, token, dim),
                     lambda token: tir.all(tile * 32 + token < stored, tile * 32 + token >= oldest),
                 )
-            skipped = T.Bind(tir.max(oldest - past, zero) // 32)
-            with T.serial(0, tir.Select(real, row // 32 + 1 - skipped, zero)) as step:
+            skipped = register(tir.max(oldest - past, zero) // 32)
+            count = register(tir.Select(real, row // 32 + 1 - skipped, zero))
+            with T.serial(0, count) as step:
                 base = (skipped + step) * 32
                 state.tile(
                     lambda token, dim: f32(k[b, kv_head, base + token, dim]),

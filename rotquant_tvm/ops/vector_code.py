@@ -40,6 +40,13 @@ def registers(count: int) -> Any:
     return buffer
 
 
+def register(value: Expr) -> Expr:
+    """Keep an integer in a register; the compiler would analyze a formula at every statement that uses it."""
+    buffer = T.alloc_buffer((1,), str(value.ty.dtype), scope="local")
+    T.buffer_store(buffer, value, [0])
+    return buffer[0]
+
+
 def rotation_size(structure: Structure, head_dim: int) -> int:
     """Coefficients that a rotation of this structure takes; at least 1, so that its buffer is never empty."""
     return max(1, sum(block for block, _ in structure) * head_dim)

@@ -92,6 +92,15 @@ def test_scheduling_keeps_the_numbers(case, shape, target):
     np.testing.assert_allclose(execute(mod, target, *arrays), expected, rtol=3e-6, atol=3e-6)
 
 
+@pytest.mark.parametrize("case", ["silu", "softmax", "sum", "transpose"])
+def test_a_width_that_no_vector_divides(case, target):
+    build, reference, _ = CASES[case]
+    mod = ScheduleForLLVM(target)(legalized(build, rows(width=63)))
+    x = np.random.default_rng(0).standard_normal((3, 100, 63)).astype("float32")
+    expected = reference(x.astype("float64"))
+    np.testing.assert_allclose(execute(mod, target, x), expected, rtol=3e-6, atol=3e-6)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_function_is_parallel_and_vectorized(case, target):
     build, _, weighted = CASES[case]
