@@ -8,7 +8,10 @@ All figures are medians of one run on all cores; contenders take turns, so that 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,24 +33,28 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def torch_runs(path: Path) -> tuple[Callable[[int], None], Callable[[np.ndarray], None]]:
-    """(decode step, prefill) of the same model in torch: transformers with scaled_dot_product_attention, float32."""
+def measure_torch(path: Path, ids: list[int]) -> dict[str, list[float]]:
+    """Seconds per decode step and per prefill of the same model in torch: transformers with SDPA, float32."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.cache_utils import DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     cache = DynamicCache()
+    with torch.no_grad():
+        row = torch.tensor([ids])
+        prefill = [seconds(lambda: model(row, use_cache=True, logits_to_keep=1)) for _ in range(4)]
+        step = [
+            seconds(lambda t=t: model(torch.tensor([[t]]), past_key_values=cache, use_cache=True)) for t in ids[:48]
+        ]
+    return {"decode": step[8:], "prefill": prefill[1:]}
 
-    @torch.no_grad()
-    def decode(token: int) -> None:
-        model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
 
-    @torch.no_grad()
-    def prefill(ids: np.ndarray) -> None:
-        model(torch.from_numpy(ids).long(), use_cache=True, logits_to_keep=1)
-
-    return decode, prefill
+def torch_apart(path: Path, ids: list[int]) -> dict[str, list[float]]:
+    """``measure_torch`` in a process of its own: in one process the two thread pools slow each other down."""
+    command = [sys.executable, __file__, str(path), "--torch-ids", json.dumps(ids)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def main() -> None:
@@ -56,7 +63,11 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--formats", default="f16,rq3")
     parser.add_argument("--contexts", default="256,1024,4096,8192")
+    parser.add_argument("--torch-ids", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.torch_ids:
+        print(json.dumps(measure_torch(arguments.model, arguments.torch_ids)))
+        return
     formats = arguments.formats.split(",")
     contexts = [int(c) for c in arguments.contexts.split(",")]
     console = Console()
@@ -86,30 +97,26 @@ def main() -> None:
 
 
 def against_torch(path: Path, sessions: dict, vocabulary: int, rng: np.random.Generator) -> Table:
-    """Decode at short context and a prefill of 512 tokens, torch and compiled in turn."""
-    decode, prefill = torch_runs(path)
-    runs: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("torch", *sessions)}
-    ids = rng.integers(0, vocabulary, (1, PREFILL))
-    for _ in range(4):
-        runs["torch"][1].append(seconds(lambda: prefill(ids)))
-        for name, session in sessions.items():
+    """Decode at short context and a prefill of 512 tokens: torch, ours, torch again."""
+    ids = rng.integers(0, vocabulary, PREFILL)
+    runs = {"torch": torch_apart(path, ids.tolist())}
+    for name, session in sessions.items():
+        runs[name] = {"decode": [], "prefill": []}
+        for _ in range(4):
             session.reset()
-            runs[name][1].append(seconds(lambda s=session: s.prefill(ids)))
-    for session in sessions.values():
+            runs[name]["prefill"].append(seconds(lambda s=session: s.prefill(ids[None])))
         session.reset()
-    # Blocks of steps rather than single ones: the first step after a switch pays for the other's cache lines.
-    for _ in range(4):
-        for name in runs:
-            step = decode if name == "torch" else lambda t, s=sessions[name]: s.decode(np.array([t]))
-            runs[name][0].extend(seconds(lambda t=t, f=step: f(t)) for t in rng.integers(0, vocabulary, 12).tolist())
+        for token in ids[:48]:
+            runs[name]["decode"].append(seconds(lambda t=token, s=session: s.decode(np.array([t]))))
+        session.reset()
+    for kind, values in torch_apart(path, ids.tolist()).items():
+        runs["torch"][kind] += values
     table = Table("", "decode ms", "of torch's speed", f"prefill {PREFILL}, ms", "of torch's speed")
-    base = [statistics.median(values) for values in runs["torch"]]
+    base = [statistics.median(runs["torch"][kind]) for kind in ("decode", "prefill")]
     for name, values in runs.items():
-        mine = [statistics.median(v) for v in values]
+        mine = [statistics.median(values[kind]) for kind in ("decode", "prefill")]
         cells = [f"{mine[0] * 1e3:.1f}", f"{base[0] / mine[0]:.2f}", f"{mine[1] * 1e3:.0f}", f"{base[1] / mine[1]:.2f}"]
         table.add_row(name, *cells)
-    for session in sessions.values():
-        session.reset()
     return table
 
 

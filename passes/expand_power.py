@@ -1,7 +1,7 @@
 """ExpandPower: x to a small whole power becomes products.
 
-RMS norms are exported as ``power(x, 2)``; GPU compilers turn a general power under fast math into exp2(2·log2 x), which is
-NaN for every negative x, and a call of ``pow`` is slow everywhere.
+RMS norms are exported as ``power(x, 2)``; GPU compilers turn a general power under fast math into exp2(2·log2 x), which
+is NaN for every negative x, and a call of ``pow`` is slow everywhere.
 """
 
 from __future__ import annotations

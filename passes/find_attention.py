@@ -16,8 +16,9 @@ import tvm
 from tvm import relax
 
 ATTENTION_OPS = ("relax.nn.attention", "relax.nn.attention_bias")
-# A key or value reaches attention through these without changing which token it belongs to.
+# What is followed from attention back to the cache; only the swap of heads and sequence can be rewritten.
 LAYOUT_OPS = ("relax.permute_dims", "relax.reshape", "relax.astype", "relax.broadcast_to", "relax.repeat")
+SWAP = "permute_dims [0, 2, 1, 3]"
 SITES_ATTR = "rotquant.attention_sites"
 
 
@@ -108,7 +109,7 @@ def _site(
     window = call.attrs.window_size
     key_cache, key_reason = _cache_tensor(graph, func, key, "key")
     value_cache, value_reason = _cache_tensor(graph, func, value, "value")
-    reason = key_reason or value_reason
+    reason = key_reason or value_reason or _shape_reason(call, key_cache)
     if call.op.name != "relax.nn.attention":
         reason = reason or "its mask is an operand that is not proven to be causal"
     elif call.attrs.causal_mask != "BottomRight":
@@ -130,6 +131,19 @@ def _site(
     )
 
 
+def _shape_reason(call: relax.Call, key: CacheTensor | None) -> str:
+    """Why the kernels cannot compute an attention of these shapes; empty if they can."""
+    query, keys, values = (operand.ty.shape for operand in call.args[:3])
+    checks = [("values of head_dim {} and queries of {}", values[3], query[3])]
+    checks.append(("{} value heads and {} key heads", values[2], keys[2]))
+    if key is not None:
+        checks.append(("{} queries for {} new tokens", query[1], key.new.ty.shape[2]))
+    for text, *sizes in checks:
+        if not tvm.sym.Analyzer().can_prove_equal(*sizes):
+            return "it has " + text.format(*(int(s) if isinstance(s, tvm.tirx.IntImm) else s for s in sizes))
+    return ""
+
+
 def _cache_tensor(
     graph: nx.DiGraph, func: relax.Function, operand: relax.Expr, role: str
 ) -> tuple[CacheTensor | None, str]:
@@ -144,7 +158,7 @@ def _cache_tensor(
         if isinstance(value, relax.Var):
             var = value
         elif name in LAYOUT_OPS:
-            crossed.append(name.removeprefix("relax."))
+            crossed.append(_layout_name(value))
             var = value.args[0]
         else:
             found = name.removeprefix("relax.") or ("a parameter" if value is None else type(value).__name__)
@@ -163,20 +177,32 @@ def _from_concat(
     if rank != 4 or axis != 2:
         return None, f"its {role} cache is joined along axis {axis} of a rank {rank} tensor, not along [b, h, *s*, d]"
     tensor = CacheTensor(parts[0], parts[1], present)
-    others = [v for v in graph.successors(present) if not _is_layout_or_output(graph, v)]
-    if others:
-        name = graph.nodes[others[0]]["value"]
-        return tensor, f"its {role} cache has another reader: {getattr(name.op, 'name', name)}"
-    if any(op in ("broadcast_to", "repeat") for op in crossed):
+    if other := _other_reader(graph, present):
+        return tensor, f"its {role} cache has another reader: {other}"
+    if any(name in ("broadcast_to", "repeat") for name in crossed):
         return tensor, f"its {role} heads are repeated before attention"
+    if crossed != [SWAP]:
+        path = " and ".join(reversed(crossed)) or "nothing"
+        return tensor, f"its {role} cache reaches attention through {path}, not through one {SWAP}"
     return tensor, ""
 
 
-def _is_layout_or_output(graph: nx.DiGraph, var: relax.Var) -> bool:
-    value = graph.nodes[var]["value"]
-    if isinstance(value, relax.Call):
-        return getattr(value.op, "name", "") in LAYOUT_OPS + ATTENTION_OPS
-    return isinstance(value, relax.Var | relax.Tuple)
+def _layout_name(call: relax.Call) -> str:
+    name = call.op.name.removeprefix("relax.")
+    return f"{name} {[int(axis) for axis in call.attrs.axes]}" if name == "permute_dims" else name
+
+
+def _other_reader(graph: nx.DiGraph, var: relax.Var) -> str:
+    """What reads a cache tensor, other than attention and the function's results; empty if nothing does."""
+    for user in graph.successors(var):
+        value = graph.nodes[user]["value"]
+        name = getattr(value.op, "name", "") if isinstance(value, relax.Call) else ""
+        if name in LAYOUT_OPS or isinstance(value, relax.Var):
+            if found := _other_reader(graph, user):
+                return found
+        elif name not in ATTENTION_OPS and not isinstance(value, relax.Tuple):
+            return name or type(value).__name__
+    return ""
 
 
 @tvm.transform.module_pass(opt_level=0, name="FindAttention")

@@ -14,6 +14,7 @@ from rotquant_tvm.errors import RotQuantError
 from rotquant_tvm.formats import Codec, Rotation
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
+
 class KernelLibrary:
     """Adds kernels for one target to the module of a ``BlockBuilder``, each once."""
 

@@ -22,6 +22,7 @@ from rotquant_tvm.ops.site_shape import SiteShape
 from .binding_copy import BindingCopy
 from .find_attention import AttentionSite, dataflow_graph, find_attention
 from .kv_kernels import KernelLibrary, rotation_constant
+from .simulate_kv_cache import Simulation
 
 INFO_VERSION = 1
 
@@ -66,13 +67,13 @@ class QuantizeKVCache:
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``mod``."""
-        func = mod["main"]
+        func = _main(mod, self.simulate)
         sites = find_attention(func)
         if not sites:
             raise ModelError("the model has no attention, so there is no KV cache to quantize")
         codecs = [self.config.codecs(s.index, len(sites), s.head_dim) for s in sites]
         if self.simulate:
-            return _Simulation(mod, sites, codecs).module()
+            return Simulation(mod, sites, codecs).module()
         for site in sites:
             if site.reason:
                 raise ModelError(f"attention {site.index} ({site.output.name}) cannot be rewritten: {site.reason}")
@@ -103,6 +104,16 @@ def with_cache_info(mod: tvm.IRModule, info: dict[str, Any]) -> tvm.IRModule:
     result = tvm.IRModule(mod.functions, attrs=mod.attrs)
     result.update_func(mod.get_global_var("kv_cache_info"), _info_function(json.dumps(info)))
     return result
+
+
+def _main(mod: tvm.IRModule, simulate: bool) -> relax.Function:
+    """The function "main"; raises ``ModelError`` if there is none, or one that no importer made."""
+    func = mod["main"] if "main" in {gvar.name_hint for gvar in mod.get_global_vars()} else None
+    if not isinstance(func, relax.Function):
+        raise ModelError('the module has no Relax function "main"; import a model first')
+    if not simulate and "num_input" not in (func.attrs or {}):
+        raise ModelError('the function "main" does not say which of its parameters are weights (num_input)')
+    return func
 
 
 def _without_main(mod: tvm.IRModule) -> tvm.IRModule:
@@ -185,6 +196,9 @@ class _CachedStep:
         start = emit(op.expand_dims(op.subtract(total, new_lengths), 1))
         steps = emit(op.expand_dims(op.arange(0, self.seq, 1, "int32"), 0))
         positions = op.add(start, steps)
+        if self.chunk:  # padding takes the last token's position: those that follow may be beyond the model's
+            newest = emit(op.expand_dims(op.subtract(total, relax.const(1, "int32")), 1))
+            positions = op.maximum(op.minimum(positions, newest), relax.const(0, "int32"))
         last = op.maximum(op.subtract(new_lengths, relax.const(1, "int32")), relax.const(0, "int32"))
         for old, new in zip(self.func.params[:3], (ids, positions, last), strict=True):
             value = emit(new if str(old.ty.dtype) == "int32" else op.astype(new, old.ty.dtype))
@@ -197,6 +211,8 @@ class _CachedStep:
             for binding in block.bindings:
                 if binding.var in self.sites:
                     site = self.sites[binding.var]
+                    if stale.intersection((site.call.args[0], site.key.new, site.value.new)):
+                        raise ModelError(f"attention {site.index} ({site.output.name}): its new tokens read the past")
                     self.copy.replace(binding.var, self._attention(site, caches[site.index], total, new_lengths))
                 elif any(used in stale for used in graph.predecessors(binding.var)):
                     stale.add(binding.var)
@@ -253,46 +269,3 @@ def _logits(func: relax.Function) -> relax.Var:
             if binding.var.same_as(result):
                 result = binding.value
     return result.fields[0] if isinstance(result, relax.Tuple) else result
-
-
-class _Simulation:
-    """Inserts a round trip on the new keys and values of every site of "main"."""
-
-    def __init__(
-        self, mod: tvm.IRModule, sites: list[AttentionSite], codecs: list[tuple[Codec, Codec]]
-    ) -> None:
-        self.mod, self.sites, self.codecs = mod, sites, codecs
-
-    def module(self) -> tvm.IRModule:
-        """The rewritten module."""
-        builder = relax.BlockBuilder(_without_main(self.mod))
-        kernels = KernelLibrary(builder)
-        func = self.mod["main"]
-        copy = BindingCopy(builder)
-        wanted: dict[relax.Expr, Codec] = {}
-        for site, pair in zip(self.sites, self.codecs, strict=True):
-            for cache, operand, codec in zip((site.key, site.value), site.call.args[1:3], pair, strict=True):
-                wanted[cache.new if cache is not None else operand] = codec
-
-        def quantized(var: relax.Var) -> None:
-            codec = wanted.get(var)
-            if codec is None:
-                return
-            source = copy.expr(var)
-            constants = [rotation_constant(r) for r in (codec.rotation, codec.inverse_rotation)]
-            kernel = kernels.roundtrip(codec, str(source.ty.dtype))
-            copy.replace(var, builder.emit(relax.call_tir(kernel, [source, *constants], source.ty)))
-
-        with builder.function("main", list(func.params), attrs=dict(func.attrs)):
-            with builder.dataflow():
-                for param in func.params:
-                    quantized(param)
-                for block in func.body.blocks:
-                    for binding in block.bindings:
-                        copy.emit(binding)
-                        quantized(binding.var)
-                output = builder.emit_output(copy.expr(func.body.body))
-            builder.emit_func_output(output)
-        result = builder.finalize()
-        relax.analysis.well_formed(result)
-        return result

@@ -20,7 +20,7 @@ class FormatError(UsageError):
 
 
 class ModelError(RotQuantError):
-    """A model or input file that is refused: unreadable, not a decoder, or with an attention that cannot be rewritten."""
+    """A model or input file that is refused: unreadable, no decoder, or with an attention that cannot be rewritten."""
 
     exit_status = 4
 
@@ -35,7 +35,7 @@ class DeviceError(RotQuantError):
     exit_status = 3
 
 
-class KVCacheFull(RotQuantError):  # noqa: N818  (named for what happened, as users will read it)
+class KVCacheFull(RotQuantError):
     """An append would exceed the cache's capacity; the cache is unchanged and still usable.
 
     Attributes: ``capacity`` (tokens per sequence allocated) and ``needed`` (tokens the call would have needed).

@@ -1,8 +1,8 @@
 """Attention of a block of query rows over tiles of 32 tokens, on CPU vectors: the part that knows no format.
 
 Keys and values of a tile come as scratch arrays in the order of ``tile_values_llvm`` (lane (g, t) of a vector holds a
-quarter of four tokens' dims, or of four dims' tokens). So scores and outputs are first accumulated per lane and summed over
-t afterwards; queries and weights are replicated over g to match. Softmax is online, in base 2.
+quarter of four tokens' dims, or of four dims' tokens). So scores and outputs are first accumulated per lane and
+summed over t afterwards; queries and weights are replicated over g to match. Softmax is online, in base 2.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm.tirx as tir
-from rotquant_tvm.ops.online_softmax import LOG2E, MASKED
 from tvm.tirx.script.builder import ir as T
+
+from rotquant_tvm.ops.online_softmax import LOG2E, MASKED
 
 from .vector_ops import LANES, across, cast, exp2, lane_numbers, lanes, pick, register, splat, sum_of_fours
 
@@ -102,10 +103,8 @@ class AttentionCore:
         """Weights of one row, its new peak and how much its earlier sums shrink."""
         score, peak, mine = register(2), register(), lanes(row * LANES)
         low, high = splat(oldest - first), splat(newest - first)
-        inside = [
-            tir.And(low <= lane_numbers() + splat(LANES * s, "int32"), lane_numbers() + splat(LANES * s, "int32") <= high)
-            for s in range(2)
-        ]
+        tokens = [lane_numbers() + splat(LANES * s, "int32") for s in range(2)]
+        inside = [tir.And(low <= token, token <= high) for token in tokens]
         for s in range(2):
             value = sum_of_fours(self.sums, row * 8 * LANES + 64 * s) * self.gain_k[lanes(LANES * s)]
             T.buffer_store(score, tir.Select(inside[s], value, splat(MASKED)), [lanes(LANES * s)])

@@ -6,12 +6,13 @@ from typing import Any
 
 import tvm
 import tvm.tirx as tir
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
 from rotquant_tvm.formats import TileLayout
 from rotquant_tvm.ops.attention_decode import merge_splits
 from rotquant_tvm.ops.axes import Axes
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as T
 
 from .attention_core_llvm import AttentionCore, wide
 from .packed_source_llvm import PackedSource

@@ -6,10 +6,11 @@ from typing import Any
 
 import tvm
 import tvm.tirx as tir
-from rotquant_tvm.formats import TileLayout
-from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
+
+from rotquant_tvm.formats import TileLayout
+from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .attention_core_llvm import AttentionCore, wide
 from .chunk_source_llvm import ChunkSource

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from rotquant_tvm.formats import Codec, TileLayout
 from tvm.tirx.script.builder import ir as T
+
+from rotquant_tvm.formats import Codec, TileLayout
 
 from .attention_core_llvm import AttentionCore
 from .tile_values_llvm import TileGains, TileValues

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import tvm
-from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 from tvm import tirx
 from tvm.target import Target
+
+from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .attention_decode_llvm import attention_decode_llvm
 from .attention_prefill_llvm import attention_prefill_llvm

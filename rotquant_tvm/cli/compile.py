@@ -17,6 +17,8 @@ from rotquant_tvm.cli.output import Output
 from rotquant_tvm.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from rotquant_tvm import CompiledModel, KVCacheConfig
 
 SUMMARY = "compile a model with a packed KV cache"
@@ -132,7 +134,7 @@ def _show(
         "report": report,
         "files": [str(file) for file in files],
     }
-    shown = [report_table(report), report_line(report)]
+    shown: list[Table | str] = [report_table(report), report_line(report)]
     if watch.timer is not None:
         document["pass_times"] = pass_options.pass_times(watch.timer)
         shown.append(pass_options.pass_times_table(watch.timer))

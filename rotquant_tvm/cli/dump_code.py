@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from rotquant_tvm.cli.files import check_file, write_whole
 from rotquant_tvm.errors import DeviceError, UsageError
@@ -64,9 +65,14 @@ def write_code(artifact: Path, code: dict[str, str]) -> list[Path]:
     """Write the files and return their paths."""
     paths = []
     for kind, text in code.items():
-        paths.append(dump_path(artifact, kind))
-        write_whole(paths[-1], lambda file, text=text: file.write(text.encode()), "--dump-code")
+        path = dump_path(artifact, kind)
+        write_whole(path, partial(_write_text, text), "--dump-code")
+        paths.append(path)
     return paths
+
+
+def _write_text(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def _script(mod: tvm.IRModule | None) -> str:

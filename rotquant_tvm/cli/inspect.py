@@ -11,6 +11,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from rotquant_tvm.cli import model_files
 from rotquant_tvm.cli.output import Output, table
 
@@ -20,9 +22,7 @@ _ARTIFACT_FILES = ("manifest.json", "model.so")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``tvmc inspect``."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a transformers model directory, a .gguf file or an artifact"
-    )
+    parser.add_argument("model", metavar="MODEL", help="a transformers model directory, a .gguf file or an artifact")
     parser.add_argument(
         "--model-format",
         choices=model_files.FORMATS,
@@ -60,7 +60,9 @@ def _inspect_artifact(path: Path, output: Output) -> None:
         "files": files,
         "report": dict(report),
     }
-    shown = [report_table(report), report_line(report)] if "layers_rewritten" in report else []
+    shown: list[Table | str] = []
+    if "layers_rewritten" in report:
+        shown += [report_table(report), report_line(report)]
     facts = [
         ["compiled for", target_text(manifest.target)],
         ["with TVM", manifest.tvm],

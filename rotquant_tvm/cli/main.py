@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(join_layer_lists(argv))
     except UsageError as error:
-        return _failed(
-            error, Output(Streams(sys.stdout, sys.stderr), "--json" in argv, argv.count("-vv") * 2)
-        )
+        return _failed(error, Output(Streams(sys.stdout, sys.stderr), "--json" in argv, argv.count("-vv") * 2))
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
     with own_streams(show_others=arguments.verbosity > 1) as streams, _terminable():

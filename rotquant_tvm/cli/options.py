@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from rotquant_tvm.errors import UsageError
 
@@ -13,14 +14,14 @@ from rotquant_tvm.errors import UsageError
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ``UsageError``s, so that they end like every other error."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         """Raise the usage error."""
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def common_options() -> argparse.ArgumentParser:
+def common_options() -> Parser:
     """Return a parent parser with the options of every subcommand."""
-    parent = argparse.ArgumentParser(add_help=False)
+    parent = Parser(add_help=False)
     group = parent.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON document on standard output")
     group.add_argument(
@@ -47,12 +48,8 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="format of the keys, as llama.cpp spells the option; values stay f16 without -ctv",
     )
-    group.add_argument(
-        "-ctv", "--cache-type-v", metavar="V", help="format of the values; keys stay f16 without -ctk"
-    )
-    group.add_argument(
-        "--kv-layers", metavar="LIST", help="formats of single layers: '0,-1=f16;5=iso4' (-1: the last)"
-    )
+    group.add_argument("-ctv", "--cache-type-v", metavar="V", help="format of the values; keys stay f16 without -ctk")
+    group.add_argument("--kv-layers", metavar="LIST", help="formats of single layers: '0,-1=f16;5=iso4' (-1: the last)")
     group.add_argument(
         "--kv-capacity",
         metavar="N",
@@ -107,9 +104,7 @@ def number(least: float, most: float = math.inf, above: bool = False) -> Callabl
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
         if not (least < value if above else least <= value) or not value <= most or math.isinf(value):
-            bounds = f"{'above' if above else 'from'} {least:g}" + (
-                f" to {most:g}" if most < math.inf else " on"
-            )
+            bounds = f"{'above' if above else 'from'} {least:g}" + (f" to {most:g}" if most < math.inf else " on")
             raise argparse.ArgumentTypeError(f"{text} is outside; give a number {bounds}")
         return value
 

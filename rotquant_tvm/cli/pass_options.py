@@ -130,7 +130,6 @@ def pass_times(timer: PassTimer) -> list[dict[str, Any]]:
 def pass_times_table(timer: PassTimer) -> Table:
     """Return the times as a table; passes that run inside others are indented."""
     rows = [
-        ["  " * entry["depth"] + entry["name"], entry["runs"], f"{entry['seconds']:.3f}"]
-        for entry in pass_times(timer)
+        ["  " * entry["depth"] + entry["name"], entry["runs"], f"{entry['seconds']:.3f}"] for entry in pass_times(timer)
     ]
     return table("pass times (a pass includes those inside it)", ["pass", "runs", "seconds"], rows)

@@ -54,10 +54,7 @@ def report_table(report: Mapping[str, Any]) -> Table:
 def report_line(report: Mapping[str, Any]) -> str:
     """Return the report in one line."""
     formats = sorted(
-        {
-            layer["k"] if layer["k"] == layer["v"] else f"{layer['k']}/{layer['v']}"
-            for layer in report["layers"]
-        }
+        {layer["k"] if layer["k"] == layer["v"] else f"{layer['k']}/{layer['v']}" for layer in report["layers"]}
     )
     return (
         f"KV cache {', '.join(formats)}: {report['layers_rewritten']} layers, "

@@ -45,13 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     timing = parser.add_argument_group("timing")
     timing.add_argument("--print-time", action="store_true", help="show how long the runs took")
-    timing.add_argument(
-        "--profile", action="store_true", help="show how long each kernel took, in a run of its own"
-    )
+    timing.add_argument("--profile", action="store_true", help="show how long each kernel took, in a run of its own")
     timing.add_argument("--repeat", metavar="N", type=integer(1), default=1, help="measurements (default: 1)")
-    timing.add_argument(
-        "--number", metavar="N", type=integer(1), default=1, help="runs per measurement (default: 1)"
-    )
+    timing.add_argument("--number", metavar="N", type=integer(1), default=1, help="runs per measurement (default: 1)")
 
 
 def _add_prompt_options(group: argparse._ArgumentGroup) -> None:
@@ -59,16 +55,10 @@ def _add_prompt_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompt", metavar="TEXT", help="text to go on from")
     group.add_argument("--chat", action="store_true", default=None, help="put TEXT to the chat template")
     group.add_argument("--max-tokens", metavar="N", type=integer(1), help="most new tokens (default: 128)")
-    group.add_argument(
-        "--temperature", metavar="T", type=number(0), help="0 takes the likeliest token (default: 0)"
-    )
-    group.add_argument(
-        "--top-p", metavar="P", type=number(0, 1, above=True), help="sample from this much (default: 1)"
-    )
+    group.add_argument("--temperature", metavar="T", type=number(0), help="0 takes the likeliest token (default: 0)")
+    group.add_argument("--top-p", metavar="P", type=number(0, 1, above=True), help="sample from this much (default: 1)")
     group.add_argument("--seed", metavar="N", type=integer(0), help="of the sampling (default: 0)")
-    group.add_argument(
-        "--stop", metavar="TEXT", action="append", help="end before this text (may be repeated)"
-    )
+    group.add_argument("--stop", metavar="TEXT", action="append", help="end before this text (may be repeated)")
 
 
 def execute(arguments: argparse.Namespace, output: Output) -> None:
@@ -78,17 +68,17 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
         check_file(arguments.outputs, "--outputs")
     artifact = Path(arguments.artifact)
     if not arguments.artifact or not (artifact.is_dir() or artifact.is_file()):
-        raise ArtifactError(
-            f"{arguments.artifact or 'the name'} is no artifact; pass a folder written by tvmc compile"
-        )
-    if arguments.prompt is None:
-        from rotquant_tvm.cli.run_tensors import read, run
-    else:
-        from rotquant_tvm.cli.run_prompt import read, run
-    given = read(arguments)
+        raise ArtifactError(f"{arguments.artifact or 'the name'} is no artifact; pass a folder written by tvmc compile")
+    from rotquant_tvm.cli import run_prompt, run_tensors
+    from rotquant_tvm.cli.tensor_files import read_inputs
+
+    arrays = {} if arguments.inputs is None else read_inputs(arguments.inputs)
     library = _load(arguments, output)
     try:
-        run(arguments, given, library, output)
+        if arguments.prompt is None:
+            run_tensors.run(arguments, arrays, library, output)
+        else:
+            run_prompt.run(arguments, library, output)
     except KVCacheFull as error:
         raise UsageError(
             f"the cache holds {error.capacity} tokens per sequence and this run needs {error.needed}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,36 +38,27 @@ class _Run:
         }
 
 
-def read(arguments: argparse.Namespace) -> str:
-    """Return the prompt."""
-    return str(arguments.prompt)
-
-
-def run(arguments: argparse.Namespace, prompt: str, library: CompiledLibrary, output: Output) -> None:
+def run(arguments: argparse.Namespace, library: CompiledLibrary, output: Output) -> None:
     """Generate ``repeat × number`` times, showing the first, then the times and files asked for."""
     session = library.session(1, arguments.kv_capacity)
     runs: list[_Run] = []
     total = arguments.repeat * arguments.number
 
     def generate() -> None:
+        if step is not None:
+            step("generate")
         show = output.text if not runs else None
-        runs.append(_generate(arguments, prompt, session, show))
+        runs.append(_generate(arguments, session, show))
 
-    if output.as_json or total > 1:
-        with output.steps(total, "generate") as step:
-            seconds = timing.measure(
-                lambda: (step("generate"), generate()), arguments.repeat, arguments.number
-            )
-    else:
-        seconds = timing.measure(generate, 1, 1)
+    silent = output.as_json or total > 1
+    with output.steps(total, "generate") if silent else nullcontext() as step:
+        seconds = timing.measure(generate, arguments.repeat, arguments.number)
     output.text("\n")
-    _show(arguments, prompt, library, session, runs, seconds, output)
+    _show(arguments, library, session, runs, seconds, output)
 
 
-def _generate(
-    arguments: argparse.Namespace, prompt: str, session: Session, show: Callable[[str], None] | None
-) -> _Run:
-    stream = _stream(arguments, prompt, session)
+def _generate(arguments: argparse.Namespace, session: Session, show: Callable[[str], None] | None) -> _Run:
+    stream = _stream(arguments, session)
     since = time.perf_counter()
     first = since
     for count, chunk in enumerate(stream):
@@ -77,9 +69,9 @@ def _generate(
     return _Run(stream.results[0], first - since, time.perf_counter() - first)
 
 
-def _stream(arguments: argparse.Namespace, prompt: str, session: Session) -> GenerationStream:
+def _stream(arguments: argparse.Namespace, session: Session) -> GenerationStream:
     return session.stream(
-        prompt,
+        arguments.prompt,
         arguments.max_tokens,
         arguments.temperature,
         arguments.top_p,
@@ -91,7 +83,6 @@ def _stream(arguments: argparse.Namespace, prompt: str, session: Session) -> Gen
 
 def _show(
     arguments: argparse.Namespace,
-    prompt: str,
     library: CompiledLibrary,
     session: Session,
     runs: list[_Run],
@@ -114,11 +105,11 @@ def _show(
     if arguments.print_time:
         shown += [timing.time_table(document["time_ms"]), _speed_table(runs)]
     if arguments.profile:
-        document["profile"] = _profile(arguments, prompt, library)
+        document["profile"] = _profile(arguments, library)
         shown.append(timing.profile_table(document["profile"]))
     if arguments.outputs is not None:
-        arrays = {"ids": np.array(generation.ids), "prompt_ids": np.array(generation.prompt_ids)}
-        write_whole(arguments.outputs, lambda file: np.savez(file, **arrays), "--outputs")
+        ids, prompt_ids = np.array(generation.ids), np.array(generation.prompt_ids)
+        write_whole(arguments.outputs, lambda file: np.savez(file, ids=ids, prompt_ids=prompt_ids), "--outputs")
         document["outputs"] = str(arguments.outputs)
         output.note(f"wrote {arguments.outputs}")
     output.result(document, *shown)
@@ -142,12 +133,12 @@ def _speed_table(runs: list[_Run]) -> Table:
     return table("speed", columns, rows, left=0)
 
 
-def _profile(arguments: argparse.Namespace, prompt: str, library: CompiledLibrary) -> list[dict[str, Any]]:
+def _profile(arguments: argparse.Namespace, library: CompiledLibrary) -> list[dict[str, Any]]:
     profile = timing.KernelProfile(library.device)
     session = library.session(1, arguments.kv_capacity)
-    _generate(arguments, prompt, session, None)  # the first run allocates
+    _generate(arguments, session, None)  # the first run allocates
     session.instrument(profile.instrument)
-    stream = _stream(arguments, prompt, session)
+    stream = _stream(arguments, session)
     with profile.phase("prefill"):
         next(stream)
     with profile.phase("decode"):

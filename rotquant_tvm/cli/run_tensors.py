@@ -11,20 +11,13 @@ from rich.table import Table
 from rotquant_tvm.cli import timing
 from rotquant_tvm.cli.files import write_whole
 from rotquant_tvm.cli.output import Output, table
-from rotquant_tvm.cli.tensor_files import read_inputs, token_rows
+from rotquant_tvm.cli.tensor_files import token_rows
 
 if TYPE_CHECKING:
     from rotquant_tvm.runtime import CompiledLibrary
 
 
-def read(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Return the arrays of --inputs; raises ModelError for a bad file."""
-    return {} if arguments.inputs is None else read_inputs(arguments.inputs)
-
-
-def run(
-    arguments: argparse.Namespace, arrays: dict[str, np.ndarray], library: CompiledLibrary, output: Output
-) -> None:
+def run(arguments: argparse.Namespace, arrays: dict[str, np.ndarray], library: CompiledLibrary, output: Output) -> None:
     """Prefill ``repeat × number`` times, show the likeliest next token of each row, write the outputs."""
     rows = token_rows(arrays, arguments.fill_mode, library.info.vocab_size)
     longest = max(len(row) for row in rows)
@@ -56,8 +49,8 @@ def run(
         document["profile"] = _profile(library, rows, capacity)
         shown.append(timing.profile_table(document["profile"]))
     if arguments.outputs is not None:
-        arrays = {"logits": logits[0], "lengths": session.lengths}
-        write_whole(arguments.outputs, lambda file: np.savez(file, **arrays), "--outputs")
+        found, lengths = logits[0], session.lengths
+        write_whole(arguments.outputs, lambda file: np.savez(file, logits=found, lengths=lengths), "--outputs")
         document["outputs"] = str(arguments.outputs)
         shown.append(f"wrote {arguments.outputs}")
     output.result(document, *shown)

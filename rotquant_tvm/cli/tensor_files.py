@@ -51,13 +51,10 @@ def _check_fit(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     if ids is None:
         return
     if len(ids) != len(lengths):
-        raise ModelError(
-            f"--inputs: 'ids' in {path} has {len(ids)} rows and 'new_lengths' {len(lengths)} entries"
-        )
+        raise ModelError(f"--inputs: 'ids' in {path} has {len(ids)} rows and 'new_lengths' {len(lengths)} entries")
     if lengths.max() > ids.shape[1]:
         raise ModelError(
-            f"--inputs: 'new_lengths' in {path} asks for {lengths.max()} tokens and a row of 'ids' has "
-            f"{ids.shape[1]}"
+            f"--inputs: 'new_lengths' in {path} asks for {lengths.max()} tokens and a row of 'ids' has {ids.shape[1]}"
         )
 
 
@@ -78,8 +75,7 @@ def token_rows(arrays: Mapping[str, np.ndarray], fill_mode: str, vocab_size: int
         outside = row[(row < 0) | (row >= vocab_size)]
         if len(outside):
             raise ModelError(
-                f"--inputs: token id {int(outside[0])} in row {index} is outside the vocabulary "
-                f"(0 to {vocab_size - 1})"
+                f"--inputs: token id {int(outside[0])} in row {index} is outside the vocabulary (0 to {vocab_size - 1})"
             )
     return rows
 

@@ -2,8 +2,8 @@
 
 from .advance import advance
 from .append import append
-from .attention_dense import attention_dense
 from .attention_decode import attention_decode
+from .attention_dense import attention_dense
 from .attention_prefill import attention_prefill
 from .axes import Axes
 from .dequantize import dequantize_cache

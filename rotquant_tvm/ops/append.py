@@ -34,14 +34,16 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
         T.func_attr({"rotquant.op": "append", "tirx.noalias": True})
         cache = T.arg("cache", T.buffer((batch, kv_heads, tiles, layout.tile_bytes // 4), "uint32"))
         source = [T.arg(n, T.buffer((batch, kv_heads, seq, head_dim), dtype)) for n in ("k", "v")]
-        rotations = [T.arg(f"rotation_{n}", T.buffer((s,), "float32")) for n, s in zip("kv", rotation_sizes, strict=True)]
+        sizes = zip("kv", rotation_sizes, strict=True)
+        rotations = [T.arg(f"rotation_{n}", T.buffer((size,), "float32")) for n, size in sizes]
         lengths = T.arg("lengths", T.buffer((batch,), "int32"))
         new_lengths = T.arg("new_lengths", T.buffer((batch,), "int32"))
         touched = (seq + 62) // 32
         with axes.blocks(batch * kv_heads * touched) as block, T.sblock("append"):
             piece = T.axis.spatial(batch * kv_heads * touched, block)
-            T.reads(cache[0:batch, 0:kv_heads, 0:tiles, 0 : layout.tile_bytes // 4], source[0][0:batch, 0:kv_heads, 0:seq, 0:head_dim])
-            T.writes(cache[0:batch, 0:kv_heads, 0:tiles, 0 : layout.tile_bytes // 4])
+            whole = cache[0:batch, 0:kv_heads, 0:tiles, 0 : layout.tile_bytes // 4]
+            T.reads(whole, *(x[0:batch, 0:kv_heads, 0:seq, 0:head_dim] for x in source))
+            T.writes(whole)
             b = T.Bind(piece // (kv_heads * touched))
             head = T.Bind(piece // touched % kv_heads)
             start = T.Bind((lengths[b] - new_lengths[b]).astype("int64"))

@@ -16,6 +16,9 @@ MASKED = -1.0e30
 LOG2E = 1.4426950408889634
 
 
+Store = Callable[[Expr, Expr, Expr], None]
+
+
 class OnlineSoftmax:
     """State of ``rows`` queries against one stream of keys and values of ``head_dim``.
 
@@ -93,7 +96,7 @@ class OnlineSoftmax:
         T.buffer_store(self._total, self._total[mine] * decay + state[total], [mine])
         T.buffer_store(self._peak, state[peak], [mine])
 
-    def partial(self, store: Callable[[Expr, Expr, Expr], None], store_sums: Callable[[Expr, Expr, Expr], None]) -> None:
+    def partial(self, store: Store, store_sums: Store) -> None:
         """Hand over the unnormalized results: ``store(row, dim, output)`` and ``store_sums(row, peak, total)``."""
         with self.axes.lanes(self.head_dim) as dim:
             for row in range(self.rows):
@@ -102,7 +105,7 @@ class OnlineSoftmax:
             mine = self.axes.place(row, 0, 1)
             store_sums(row, self._peak[mine], self._total[mine])
 
-    def finish(self, store: Callable[[Expr, Expr, Expr], None]) -> None:
+    def finish(self, store: Store) -> None:
         """Hand over the normalized output: ``store(row, dim, value)``; 0 where nothing was attended to."""
         with self.axes.lanes(self.rows) as row:
             T.buffer_store(self.totals, self._total[self.axes.place(row, 0, 1)], [row])

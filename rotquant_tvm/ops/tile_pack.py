@@ -22,7 +22,7 @@ PERIOD = {1: (1, 4), 2: (1, 2), 3: (3, 4), 4: (1, 1), 8: (2, 1), 16: (4, 1)}
 
 @dataclass(frozen=True)
 class Pieces:
-    """``width`` bits, from bit ``code_bit``, of each of a group's codes with half in ``halves``, element in ``elements``.
+    """``width`` bits, from bit ``code_bit``, of those of a group's codes that ``halves`` and ``elements`` tell.
 
     Both are (first, count). ``place(half, element)`` is the bit of the word where a code's piece stands.
     """

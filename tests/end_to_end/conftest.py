@@ -13,16 +13,19 @@ import rotquant_tvm
 
 WIKITEXT = Path(__file__).parents[2].parent / "shared" / "data" / "wikitext-2-raw" / "wiki.test.raw"
 TOKENS = 256
-PLAIN_TEXT = """The lighthouse stood at the end of a long causeway of black stone. Twice a day the sea came over it, and twice
-a day the keeper walked out to see what the water had left: rope, a crate of lemons, once the rudder of a ship that nobody
-had heard of. He wrote everything down in a ledger with numbered pages. In the winter of 1911 the entries grow short. The
-wind is given by its number, the lamp by its hours, and the visitors, of whom there are none, by a dash. Only on the last
-page does he explain himself. A light, he says, is a promise made to people one will never meet, and a promise of that kind
-is kept by habit or not at all. The engineers who automated the station found the ledger in a biscuit tin, dry and complete,
-and beside it a clock that was still right. They measured the tower, the lens and the rate at which the mercury bath turned,
-and they wrote to the harbour office that the machine could be trusted, since it had been built by someone who did not trust
-machines. The office replied that the letter was noted. Nothing else was ever said about it in writing, but every year on the
-first of December the lamp was dark for one minute, and no fault was found. """
+PLAIN_TEXT = """\
+The lighthouse stood at the end of a long causeway of black stone. Twice a day the sea came over it, and twice
+a day the keeper walked out to see what the water had left: rope, a crate of lemons, once the rudder of a ship
+that nobody had heard of. He wrote everything down in a ledger with numbered pages. In the winter of 1911 the
+entries grow short. The wind is given by its number, the lamp by its hours, and the visitors, of whom there
+are none, by a dash. Only on the last page does he explain himself. A light, he says, is a promise made to
+people one will never meet, and a promise of that kind is kept by habit or not at all. The engineers who
+automated the station found the ledger in a biscuit tin, dry and complete, and beside it a clock that was
+still right. They measured the tower, the lens and the rate at which the mercury bath turned, and they wrote
+to the harbour office that the machine could be trusted, since it had been built by someone who did not trust
+machines. The office replied that the letter was noted. Nothing else was ever said about it in writing, but
+every year on the first of December the lamp was dark for one minute, and no fault was found.
+"""
 
 
 def smollm2_gguf() -> Path:

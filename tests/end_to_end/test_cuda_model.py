@@ -41,7 +41,7 @@ def test_cuda_equals_cpu(model, kv_cache):
         for target, device in (("llvm", "cpu"), ("cuda", "cuda"))
     ]
     steps = [[session.prefill(rows)] for session in sessions]
-    for step in range(20):
+    for _ in range(20):
         tokens = rng.integers(0, 512, 3)
         for session, logits in zip(sessions, steps, strict=True):
             logits.append(session.decode(tokens))

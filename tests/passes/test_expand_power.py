@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
-from tvm import relax
-
 from rotquant_tvm.passes.expand_power import ExpandPower
+from tvm import relax
 
 
 def module(exponent: float) -> tvm.IRModule:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import tvm
+from rotquant_tvm.schedules.vector_ops import LANES, across, exp2, lanes, register, sum_of_fours
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from rotquant_tvm.schedules.vector_ops import LANES, across, exp2, lanes, register, sum_of_fours
 from rotquant_tvm.target import host_target
 
 
