@@ -15,9 +15,7 @@ import rotquant_tvm
 
 def main() -> None:
     """Compile, save, load, generate."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--kv-cache", default="rq3")
     parser.add_argument("--output", default="model.rq")
@@ -29,16 +27,12 @@ def main() -> None:
     compiled = rotquant_tvm.compile(arguments.model, arguments.kv_cache, progress=print)
     report = compiled.report
     print(f"{report['layers_rewritten']} layers rewritten, {report['bits_per_element']:.3f} bits per element")
-    print(
-        f"{report['bytes_per_token']:.0f} bytes per token, {report['f16_bytes_per_token']} with an f16 cache"
-    )
+    print(f"{report['bytes_per_token']:.0f} bytes per token, {report['f16_bytes_per_token']} with an f16 cache")
     compiled.save(arguments.output)
 
     # Deploy: a session is one cache over the library; more sessions share its weights.
     session = rotquant_tvm.load(arguments.output, capacity=512)
-    session.generate(
-        arguments.prompt, max_tokens=64, stream=lambda chunk: print(chunk.text, end="", flush=True)
-    )
+    session.generate(arguments.prompt, max_tokens=64, stream=lambda chunk: print(chunk.text, end="", flush=True))
     print(f"\n{session.lengths[0]} tokens in a cache of {session.kv_bytes():,} bytes")
 
 

@@ -29,9 +29,7 @@ from rotquant_tvm.formats import parse_pair
 
 REFERENCE = "f16"
 STORY = Path(__file__).parent / "harbour_story.txt"
-QUESTION = (
-    "Answer in three or four sentences: why did both lighthouses shine that night, and who worked them?"
-)
+QUESTION = "Answer in three or four sentences: why did both lighthouses shine that night, and who worked them?"
 CAPACITY = 1024
 SIZES = {"8K": 8192, "32K": 32768}
 Step = Callable[[str], None]
@@ -49,9 +47,7 @@ class Measured:
 
 def main() -> int:
     """Parse the command line, run the demo, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="another .gguf file or model directory")
     parser.add_argument("--formats", default="f16,rq3", help="KV formats, K or K/V (default: f16,rq3)")
     parser.add_argument("--tokens", type=integer(2), default=96, help="length of the answer (default: 96)")
@@ -86,9 +82,7 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
     with output.steps(1 + 2 * len(names), f"{REFERENCE}: read the story") as step:
         step(f"{REFERENCE}: read the story")
         prompt, answer = reference_answer(libraries[REFERENCE], length)
-        measured = {
-            name: measure(name, library, prompt, answer, length, step) for name, library in libraries.items()
-        }
+        measured = {name: measure(name, library, prompt, answer, length, step) for name, library in libraries.items()}
     show(model, libraries, measured, (len(prompt), len(answer)), output)
 
 
@@ -127,9 +121,7 @@ def reference_answer(library: Any, length: int) -> tuple[list[int], list[int]]:
     return list(answer.prompt_ids), list(answer.ids)
 
 
-def measure(
-    name: str, library: Any, prompt: list[int], answer: list[int], length: int, step: Step
-) -> Measured:
+def measure(name: str, library: Any, prompt: list[int], answer: list[int], length: int, step: Step) -> Measured:
     """Send prompt and answer through a session token by token, then let the format answer by itself."""
     session = library.session(capacity=CAPACITY)
     step(f"{name}: the same tokens")

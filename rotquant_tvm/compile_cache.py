@@ -116,9 +116,7 @@ class CompileCache:
             if not path.exists():
                 check_output(path)
         except UsageError as error:
-            raise UsageError(
-                f"the compile cache {self.folder} cannot be written; set XDG_CACHE_HOME"
-            ) from error
+            raise UsageError(f"the compile cache {self.folder} cannot be written; set XDG_CACHE_HOME") from error
 
     def _prune(self, newest: Path) -> None:
         """Remove all but the newest entries, and what interrupted compiles left behind."""

@@ -67,9 +67,7 @@ def operator_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
     return passes
 
 
-def run_passes(
-    mod: tvm.IRModule, passes: Sequence[tvm.transform.Pass], target: tvm.target.Target
-) -> tvm.IRModule:
+def run_passes(mod: tvm.IRModule, passes: Sequence[tvm.transform.Pass], target: tvm.target.Target) -> tvm.IRModule:
     """Apply passes one by one under ``target``; hooks act through the pass context."""
     with target:
         for step in passes:

@@ -1,7 +1,7 @@
 """The values of one packed tile as float32 vectors, for CPU attention.
 
-The codes of a tile lie in the order of a warp's matrix fragments: 32 lanes (g, t), words of eight codes. Two CPU
-vectors are the 32 lanes. A tile is unpacked into a scratch array of vectors in that same order; attention over it then needs no
+The codes of a tile lie in the order of matrix fragments: 32 lanes (g, t), words of eight codes. Two CPU vectors are
+the 32 lanes. A tile is unpacked into a scratch array of vectors in that same order; attention over it then needs no
 transpose, only a sum over t at the end (see ``attention_core_llvm``):
 
     K: vector (p, e, s), p = octet*(d/16) + h      lane (g, t): token 8*octet + 4s + g, dim 16h + 4t + e

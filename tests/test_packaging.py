@@ -49,9 +49,7 @@ def installed(dist, tmp_path_factory) -> Path:
 
 def away(installed, tmp_path):
     """Options of a process that sees the installed wheel and its dependencies, but no editable install."""
-    path = os.pathsep.join(
-        [str(installed), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
-    )
+    path = os.pathsep.join([str(installed), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]])
     return {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": path}}
 
 

@@ -14,9 +14,7 @@ def test_llvm_is_this_cpu():
     assert target.kind.name == "llvm" and target.attrs["mcpu"] == host_target().attrs["mcpu"] != ""
 
 
-@pytest.mark.parametrize(
-    "text", ["llvm -mcpu=x86-64-v3 -num-cores=3", '{"kind": "llvm", "mcpu": "x86-64-v3"}']
-)
+@pytest.mark.parametrize("text", ["llvm -mcpu=x86-64-v3 -num-cores=3", '{"kind": "llvm", "mcpu": "x86-64-v3"}'])
 def test_options_and_json_are_understood(text):
     assert resolve_target(text).attrs["mcpu"] == "x86-64-v3"
     assert "3" not in text[-2:] or resolve_target(text).attrs["num-cores"] == 3
@@ -34,9 +32,7 @@ def test_targets_are_taken_as_they_are():
     assert resolve_target(target).same_as(target)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "abacus", "llvm mcpu=x", "llvm -mcpu", "llvm -colour=red", "{", "vulkan", "c"]
-)
+@pytest.mark.parametrize("text", ["", "abacus", "llvm mcpu=x", "llvm -mcpu", "llvm -colour=red", "{", "vulkan", "c"])
 def test_other_targets_are_refused_by_name(text):
     with pytest.raises(UsageError, match=f"'{text}'" if text else "target"):
         resolve_target(text)

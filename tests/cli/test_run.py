@@ -70,9 +70,7 @@ def test_outputs_are_the_logits_of_a_prefill(tvmc, artifact, inputs, tmp_path):
 
 def test_missing_inputs_are_filled(tvmc, artifact, tmp_path):
     np.savez(tmp_path / "lengths.npz", new_lengths=np.array([4, 0, 7]))
-    filled = tvmc(
-        "run", artifact, "--inputs", tmp_path / "lengths.npz", "--fill-mode", "ones", "--json"
-    ).document
+    filled = tvmc("run", artifact, "--inputs", tmp_path / "lengths.npz", "--fill-mode", "ones", "--json").document
     expected = rotquant_tvm.load(artifact).prefill([1] * 7).argmax()
     assert filled["tokens"] == [4, 0, 7] and filled["likeliest_next"][1:] == [None, expected]
     assert tvmc("run", artifact, "--json").document["tokens"] == [32]
@@ -195,7 +193,7 @@ def test_inspect_shows_an_artifact(tvmc, compiled):
 def test_inspect_shows_the_attention_of_a_model(tvmc, model):
     document = tvmc("inspect", model, "--json").document
     assert document["model_type"] == "llama" and document["tokenizer"]
-    assert [
-        (site["verdict"], site["heads"], site["kv_heads"], site["head_dim"]) for site in document["sites"]
-    ] == [("quantize", 2, 1, 32)] * 2
+    assert [(site["verdict"], site["heads"], site["kv_heads"], site["head_dim"]) for site in document["sites"]] == [
+        ("quantize", 2, 1, 32)
+    ] * 2
     assert "2 of 2 attention sites" in tvmc("inspect", model).out
