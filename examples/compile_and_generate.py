@@ -32,6 +32,7 @@ def main() -> None:
 
     # Deploy: a session is one cache over the library; more sessions share its weights.
     session = rotquant_tvm.load(arguments.output, capacity=512)
+    print(f"\n{arguments.prompt}", end="")
     session.generate(arguments.prompt, max_tokens=64, stream=lambda chunk: print(chunk.text, end="", flush=True))
     print(f"\n{session.lengths[0]} tokens in a cache of {session.kv_bytes():,} bytes")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm_ffi import structural_walk
 
 from rotquant_tvm.errors import ModelError
 from rotquant_tvm.formats import VERSION as LAYOUT_VERSION
@@ -206,7 +207,7 @@ class _CachedStep:
 
     def _body(self, caches: list[relax.Var], total: relax.Var, new_lengths: relax.Var) -> relax.Expr:
         graph = dataflow_graph(self.func)
-        stale = set(self.func.params[3 : self.inputs])
+        stale, lengths = set(self.func.params[3 : self.inputs]), self._past_lengths()
         for block in self.func.body.blocks:
             for binding in block.bindings:
                 if binding.var in self.sites:
@@ -216,12 +217,19 @@ class _CachedStep:
                     self.copy.replace(binding.var, self._attention(site, caches[site.index], total, new_lengths))
                 elif any(used in stale for used in graph.predecessors(binding.var)):
                     stale.add(binding.var)
+                elif _mentions(binding, lengths):
+                    raise ModelError("the model uses the length of the past outside attention; only positions may tell it")
                 else:
                     self.copy.emit(binding)
         logits = _logits(self.func)
         if logits in stale:
             raise ModelError("the model's logits read a past key or value outside attention")
         return self.copy.expr(logits)
+
+    def _past_lengths(self) -> list[tvm.tirx.Var]:
+        """The symbolic lengths of the past inputs."""
+        sizes = [param.ty.shape[2] for param in self.func.params[3 : self.inputs]]
+        return [size for size in sizes if isinstance(size, tvm.tirx.Var)]
 
     def _attention(self, site: AttentionSite, cache: relax.Var, total: relax.Var, new: relax.Var) -> relax.Var:
         emit, kernels = self.builder.emit, self.kernels
@@ -251,6 +259,12 @@ class _CachedStep:
         ]
         operands = [query, *past, *((key, value) if self.chunk else ()), total, new]
         return emit(relax.call_tir(kernels.attention_dense(shape), operands, query.ty))
+
+
+def _mentions(binding: relax.Binding, sizes: list[tvm.tirx.Var]) -> bool:
+    found: list[tvm.tirx.Var] = []
+    structural_walk([binding.value, binding.var.ty], (tvm.tirx.Var, found.append))
+    return any(var.same_as(size) for var in found for size in sizes)
 
 
 def _unrotate(emit: Any, kernels: KernelLibrary, x: relax.Var, codec: Codec) -> relax.Var:

@@ -1,4 +1,4 @@
-"""VectorKVKernels: on CPUs, attention kernels laid out by hand take the place of their definitions."""
+"""VectorKVKernels: on CPUs, kernels laid out by hand take the place of their definitions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import tvm
 from tvm import tirx
 from tvm.target import Target
 
+from rotquant_tvm.ops.rotate import RotationShape
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .attention_decode_llvm import attention_decode_llvm
 from .attention_prefill_llvm import attention_prefill_llvm
+from .rotate_llvm import rotate_llvm
 
-KERNELS: dict[str, Callable[[SiteShape, Target], tirx.PrimFunc]] = {
+ATTENTION: dict[str, Callable[[SiteShape, Target], tirx.PrimFunc]] = {
     "attention_decode": attention_decode_llvm,
     "attention_prefill": attention_prefill_llvm,
 }
@@ -21,7 +23,7 @@ KERNELS: dict[str, Callable[[SiteShape, Target], tirx.PrimFunc]] = {
 
 @tvm.transform.module_pass(opt_level=0, name="VectorKVKernels")
 class VectorKVKernels:
-    """Replace each attention definition that carries its ``SiteShape`` by the vector kernel of the same interface."""
+    """Replace attention and rotate definitions, which carry their shapes, by vector kernels of the same interface."""
 
     def __init__(self, target: Target | None = None) -> None:
         """Set the llvm target; None means the one that is current when the pass runs."""
@@ -32,8 +34,16 @@ class VectorKVKernels:
         target = self.target or Target.current(allow_none=False)
         result = tvm.IRModule(mod.functions, attrs=mod.attrs)
         for gvar, func in mod.functions_items():
-            shape = SiteShape.of(func) if isinstance(func, tirx.PrimFunc) else None
-            build = KERNELS.get(str(func.attrs[OP_ATTR])) if shape is not None else None
-            if build is not None:
-                result.update_func(gvar, build(shape, target).without_attr("global_symbol"))
+            kernel = _vector_kernel(func, target) if isinstance(func, tirx.PrimFunc) else None
+            if kernel is not None:
+                result.update_func(gvar, kernel.without_attr("global_symbol"))
         return result
+
+
+def _vector_kernel(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+    """Build the kernel that does what ``func`` says it does; None if there is none."""
+    rotation, site = RotationShape.of(func), SiteShape.of(func)
+    if rotation is not None:
+        return rotate_llvm(rotation, target)
+    build = ATTENTION.get(str(func.attrs[OP_ATTR])) if site is not None else None
+    return build(site, target) if build is not None else None

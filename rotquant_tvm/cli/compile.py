@@ -66,7 +66,7 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     with output.steps(_STEPS, "load TVM") as step:
         step("load TVM")
         watch = pass_options.PassWatch(arguments, output)
-        compiled, code = _compile(arguments, model, config, configuration, watch, step)
+        compiled, code = _compile(arguments, model, config, configuration, watch, step, output)
         step("write")
         compiled.save(artifact)
         files = dump_code.write_code(artifact, code)
@@ -90,12 +90,15 @@ def _compile(
     configuration: dict[str, Any],
     watch: pass_options.PassWatch,
     step: Any,
+    output: Output,
 ) -> tuple[CompiledModel, dict[str, str]]:
     from rotquant_tvm.compiler import compile
-    from rotquant_tvm.pipeline import check_pass_names, kv_passes, operator_passes
+    from rotquant_tvm.pipeline import check_pass_names, kv_passes, operator_passes, pass_names
     from rotquant_tvm.target import resolve_target
 
     target = resolve_target(arguments.target)
+    output.detail(f"target {target}")
+    output.detail(f"passes {', '.join(pass_names(target))}; -O{arguments.opt_level} {configuration or ''}")
     dump_code.check_kinds(arguments.dump_code, target)
     check_pass_names(sorted(watch.names), target)
     last_graph, last_scheduled = (

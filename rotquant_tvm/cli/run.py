@@ -115,6 +115,7 @@ def _load(arguments: argparse.Namespace, output: Output) -> CompiledLibrary:
 
         step("check and load the artifact")
         library = load_library(arguments.artifact, arguments.device)
+    output.detail(f"on {library.device}, {library.default_capacity} tokens per sequence by default")
     if library.report:
         output.note(report_line(library.report))
     return library

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
+
 import tvm
 import tvm.tirx as tir
 from tvm.script.ir_builder import IRBuilder
@@ -9,6 +12,32 @@ from tvm.tirx.script.builder import ir as T
 
 from .axes import Axes
 from .vector_code import Structure, emit_rotation, f32, rotation_size
+
+
+ROTATION_ATTR = "rotquant.rotation"
+
+
+@dataclass(frozen=True)
+class RotationShape:
+    """What a rotate kernel is specialized on; the kernel carries it as an attribute."""
+
+    structure: tuple[tuple[int, int], ...]
+    head_dim: int
+    dtype: str
+
+    @property
+    def coefficients(self) -> int:
+        """How many coefficients the kernel takes."""
+        return rotation_size(self.structure, self.head_dim)
+
+    @staticmethod
+    def of(func: tvm.tirx.PrimFunc) -> RotationShape | None:
+        """Read the shape that a function carries, if any."""
+        text = func.attrs.get(ROTATION_ATTR) if func.attrs is not None else None
+        if text is None:
+            return None
+        record = json.loads(str(text))
+        return RotationShape(tuple(tuple(layer) for layer in record["structure"]), record["head_dim"], record["dtype"])
 
 
 def rotate(structure: Structure, head_dim: int, dtype: str, axes: Axes, *, role: str = "") -> tvm.tirx.PrimFunc:
@@ -21,7 +50,8 @@ def rotate(structure: Structure, head_dim: int, dtype: str, axes: Axes, *, role:
     rows = sizes[0] * sizes[1] * sizes[2]
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("rotate")
-        T.func_attr({"rotquant.op": "rotate", "rotquant.role": role, "tirx.noalias": True})
+        shape = json.dumps(asdict(RotationShape(tuple(structure), head_dim, dtype)))
+        T.func_attr({"rotquant.op": "rotate", ROTATION_ATTR: shape, "rotquant.role": role, "tirx.noalias": True})
         x = T.arg("x", T.buffer((*sizes, head_dim), dtype))
         coefficients = T.arg("coefficients", T.buffer((rotation_size(structure, head_dim),), "float32"))
         y = T.arg("y", T.buffer((*sizes, head_dim), dtype))

@@ -80,6 +80,20 @@ def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
     assert read_artifact(tmp_path / "a.rq").manifest.report["layers_rewritten"] == 2
 
 
+@pytest.mark.slow
+def test_cuda_code_of_a_gpu_that_is_not_here(model, tmp_path, tvmc):
+    import tvm
+
+    options = ["--target", "nvidia/nvidia-h100", "--dump-code", "cuda", "-o", tmp_path / "a.rq", "-v"]
+    ended = tvmc("compile", model, *options)
+    assert ended.status == 0, ended.err
+    assert "sm_90a" in ended.err and "LowerKVOps" in ended.err  # what -v adds
+    assert "__global__" in (tmp_path / "a.rq.cuda").read_text()
+    assert "cuda (sm_90a)" in tvmc("inspect", tmp_path / "a.rq").out
+    if not tvm.cuda().exist:
+        assert tvmc("run", tmp_path / "a.rq").status == 3
+
+
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [

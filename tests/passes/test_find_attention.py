@@ -180,7 +180,8 @@ def test_masks_are_told_apart():
 def test_values_of_another_head_dim():
     """As in attention whose values are compressed."""
     n = tvm.tirx.Var("past", "int64")
-    parts = {"q": [1, 2, 4, 32], "past_k": [1, 4, n, 32], "k": [1, 4, 2, 32], "past_v": [1, 4, n, 16], "v": [1, 4, 2, 16]}
+    parts = {"q": [1, 2, 4, 32], "past_k": [1, 4, n, 32], "k": [1, 4, 2, 32]}
+    parts |= {"past_v": [1, 4, n, 16], "v": [1, 4, 2, 16]}
     q, *tensors = (relax.Var(name, relax.TensorType(shape, "float32")) for name, shape in parts.items())
     bb = relax.BlockBuilder()
     with bb.function("main", [q, *tensors]):

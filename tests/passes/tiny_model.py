@@ -39,7 +39,10 @@ class TinyModel:
     def weights(self) -> list[np.ndarray]:
         """Random float32 weights."""
         rng = np.random.default_rng(7)
-        return [(0.35 * rng.standard_normal(shape)).astype(np.float32) for shape in self.shapes]
+        spread = [1.0, 1.0, *(rows**-0.5 for rows, _ in self.shapes[2:])]
+        return [
+            (s * rng.standard_normal(shape)).astype(np.float32) for s, shape in zip(spread, self.shapes, strict=True)
+        ]
 
     def module(self) -> tvm.IRModule:
         """The canonical module."""
@@ -110,8 +113,8 @@ class TinyModel:
     def forward(self, ids, pasts, held=None):
         """One sequence in float64: ids [s], pasts per layer (k, v) [kv_heads, p, d].
 
-        ``held`` replaces the keys and values that attention sees of the new tokens. Returns the logits of the last
-        token and the new tokens' (k, v) per layer.
+        ``held(layer, new)`` gives the (k, v) that attention sees of the new tokens, if not ``new`` itself. Returns the
+        logits of the last token and the new tokens' (k, v) per layer.
         """
         weights = [w.astype(np.float64) for w in self.weights]
         start, count = pasts[0][0].shape[1], len(ids)
@@ -122,7 +125,7 @@ class TinyModel:
             q = (x @ wq).reshape(count, self.heads, self.head_dim)
             new = [(x @ w).reshape(count, self.kv_heads, self.head_dim).swapaxes(0, 1) for w in (wk, wv)]
             news.append(new)
-            seen = new if held is None else held[layer]
+            seen = new if held is None else held(layer, new)
             k, v = (np.concatenate(pair, axis=1) for pair in zip(pasts[layer], seen, strict=True))
             x = x + self.attention(q, k, v, start).reshape(count, -1) @ wo
         return x[-1] @ weights[-1], news
