@@ -34,9 +34,7 @@ def dense(kernels, poisoned, arguments, chunk, window=None):
     heads, head_dim = q.shape[2:]
     past, new = (np.array(x, np.int32) for x in zip(*RAGGED, strict=True))
     options = {"chunk": chunk, "window": window}
-    kernel = kernels.build(
-        ops.attention_dense, heads, k_past.shape[1], head_dim, SCALE, str(q.dtype), **options
-    )
+    kernel = kernels.build(ops.attention_dense, heads, k_past.shape[1], head_dim, SCALE, str(q.dtype), **options)
     apart = (k, v) if chunk else ()
     out = poisoned(q.shape, q.dtype)
     return kernels.run(kernel, q, k_past, v_past, *apart, past + new, new, out, writes=(-1,))

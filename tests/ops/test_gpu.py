@@ -29,9 +29,7 @@ def test_append_is_the_same_every_time(gpu, rng, case):
     batch, tokens = 16, 200
     layout = layout_of(case.codecs)
     cache = random_words(rng, layout, (batch, case.kv_heads, 8))
-    k, v = (
-        rng.standard_normal((batch, case.kv_heads, tokens, case.head_dim)).astype("float32") for _ in "kv"
-    )
+    k, v = (rng.standard_normal((batch, case.kv_heads, tokens, case.head_dim)).astype("float32") for _ in "kv")
     rotations = [coefficients(codec.rotation) for codec in case.codecs]
     new = rng.integers(0, tokens + 1, batch).astype(np.int32)
     lengths = new + rng.integers(0, 56, batch).astype(np.int32)

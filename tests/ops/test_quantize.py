@@ -116,9 +116,7 @@ def test_roundtrip_is_quantize_then_dequantize(kernels, rng, poisoned, text, hea
     assert ((x - actual) ** 2).sum() == pytest.approx(exact, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("text", "head_dim"), [("bf16", 80), ("q8_0", 80), ("hurwitz3", 256), ("rotor2", 64)]
-)
+@pytest.mark.parametrize(("text", "head_dim"), [("bf16", 80), ("q8_0", 80), ("hurwitz3", 256), ("rotor2", 64)])
 def test_half_precision_vectors(kernels, rng, poisoned, text, head_dim):
     codec = codec_of(text, head_dim)
     x = rng.standard_normal((24, head_dim)).astype(np.float16)
@@ -135,9 +133,7 @@ def test_half_precision_vectors(kernels, rng, poisoned, text, head_dim):
 AWKWARD = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, 1.2e-38, 6e-8, 65504.0, 65520.0, 3e38, -3e38]
 
 
-@pytest.mark.parametrize(
-    ("text", "head_dim"), [("f16", 64), ("bf16", 80), ("q8_0", 64), ("rotor2", 64), ("rq4", 80)]
-)
+@pytest.mark.parametrize(("text", "head_dim"), [("f16", 64), ("bf16", 80), ("q8_0", 64), ("rotor2", 64), ("rq4", 80)])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), count=st.integers(1, 5))
 def test_every_input_has_the_defined_result(kernels, poisoned, text, head_dim, data, count):
@@ -149,9 +145,7 @@ def test_every_input_has_the_defined_result(kernels, poisoned, text, head_dim, d
     assert np.isfinite(decode(kernels, codec, encoded, poisoned)).all()
 
 
-@pytest.mark.parametrize(
-    ("text", "head_dim"), [("q8_0", 80), ("hurwitz1:ip", 96), ("hurwitz3", 256), ("dense3", 96)]
-)
+@pytest.mark.parametrize(("text", "head_dim"), [("q8_0", 80), ("hurwitz1:ip", 96), ("hurwitz3", 256), ("dense3", 96)])
 def test_one_bad_vector_does_not_spoil_its_neighbours(kernels, rng, poisoned, text, head_dim):
     codec = codec_of(text, head_dim)
     x = vectors(rng, codec, 6)

@@ -29,9 +29,7 @@ class _AttentionInNumpy(PyExprMutator):
 
         def attend(q, k, v, out):
             rows = zip(*(x.numpy().astype(np.float64) for x in (q, k, v)), strict=True)
-            results = [
-                self.model.attention(q, k.swapaxes(0, 1), v.swapaxes(0, 1), len(k) - len(q)) for q, k, v in rows
-            ]
+            results = [self.model.attention(q, k.swapaxes(0, 1), v.swapaxes(0, 1), len(k) - len(q)) for q, k, v in rows]
             out.copyfrom(np.stack(results).astype(np.float32))
 
         name = f"rotquant.test.tiny_attention_{next(_NUMBER)}"

@@ -115,9 +115,7 @@ class Reshaped(TinyModel):
     """Heads and sequence exchanged without moving the data: another model, not to be taken for this one."""
 
     def attend(self, bb, q, k, v):
-        k, v = (
-            bb.emit(op.reshape(x, [x.ty.shape[0], x.ty.shape[2], self.kv_heads, self.head_dim])) for x in (k, v)
-        )
+        k, v = (bb.emit(op.reshape(x, [x.ty.shape[0], x.ty.shape[2], self.kv_heads, self.head_dim])) for x in (k, v))
         return attention(self, bb, q, k, v)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -55,28 +56,33 @@ def test_numbers_are_those_of_the_format(name):
 
 @pytest.mark.parametrize("name", ALL_CASES)
 def test_the_cache_holds_the_encoded_keys_and_values(name):
-    """Codes are NumPy's but for a few at boundaries; other tokens' bits stay."""
+    """Codes are NumPy's but for a few at boundaries; tokens that were there keep their bits."""
     model, config, step = case(name)
     for call in step.conversation[:3]:
         before, after = (stored(model, config, c) for c in (call.before, call.after))
         for b, (length, count) in enumerate(zip(call.before[-1], call.new, strict=True)):
-            pasts = [[x[b, :, :length] for x in layer] for layer in before]
-            now = [[x[b, :, length : length + count] for x in layer] for layer in after]
-            for layer in range(model.layers):
-                for x, old in zip(after[layer], before[layer], strict=True):
-                    np.testing.assert_array_equal(x[b, :, :length], old[b, :, :length])
-            if not count:
-                continue
-            news = model.forward(call.ids[b, :count], pasts, (lambda i, _: now[i]) if call.decode else None)[1]
-            for layer, pair in enumerate(news):
-                for codec, new, held in zip(config.codecs(layer, model.layers, model.head_dim), pair, now[layer]):
-                    wanted = codec.decode(codec.encode(new))
-                    far = np.abs(held - wanted) > 2e-3 * np.abs(new).max()
-                    assert far.mean() < 2e-3
+            for old, new in zip(chain(*before), chain(*after), strict=True):
+                np.testing.assert_array_equal(new[b, :, :length], old[b, :, :length])
+            if count:
+                pasts, now = (
+                    [[x[b, :, part] for x in layer] for layer in after]
+                    for part in (slice(0, length), slice(length, length + count))
+                )
+                check_stored(model, config, call.ids[b, :count], pasts, now, call.decode)
+
+
+def check_stored(model, config, ids, pasts, now, decode):
+    """Compare what the cache holds of one sequence's new tokens with NumPy's round trip of them."""
+    _, news = model.forward(ids, pasts, (lambda layer, _: now[layer]) if decode else None)
+    for layer, pair in enumerate(news):
+        codecs = config.codecs(layer, model.layers, model.head_dim)
+        for codec, new, held in zip(codecs, pair, now[layer], strict=True):
+            far = np.abs(held - codec.decode(codec.encode(new))) > 2e-3 * np.abs(new).max()
+            assert far.mean() < 2e-3
 
 
 def test_the_library_functions():
-    mod = stages(PLAIN, PLAIN_CONFIG)["quantize"]
+    mod = stages(PLAIN, KVCacheConfig.parse("rq3"))["quantize"]
     assert {"kv_cache_info", "create_kv_cache", "prefill", "decode"} <= {g.name_hint for g in mod.get_global_vars()}
     assert "main" not in {g.name_hint for g in mod.get_global_vars()}
     layer = ["append", "dequantize_cache", "rotate", "rotate", "attention_dense"]
@@ -104,10 +110,11 @@ def test_sixteen_bit_formats_need_no_rotation():
 
 def test_the_cache_is_allocated_at_capacity_and_empty():
     step = compiled("plain", "quantize")
-    tile = 2 * (32 * 32 * 3 // 8 + 64) // 4
+    tiles_words = (2 * (32 * 32 * 3 // 8 + 64) // 4, (32 * 32 + 64 + 32 * 32 * 3 // 8 + 64) // 4)
     for capacity, tiles in [(1, 1), (32, 1), (33, 2), (96, 3)]:
         *layers, lengths = step.create(5, capacity)
-        assert [x.shape for x in layers] == [(5, 2, tiles, tile)] * 2 and lengths.shape == (5,)
+        assert [x.shape for x in layers] == [(5, 2, tiles, words) for words in tiles_words]
+        assert lengths.shape == (5,)
         assert not any(x.any() for x in (*layers, lengths))
 
 
@@ -128,7 +135,8 @@ def test_positions_of_padding_stay_within_the_model():
     class LargestPosition(TinyModel):
         def logits(self, bb, x, positions, last, weight):
             largest = bb.emit(op.max(bb.emit(op.astype(positions, "float32")), axis=[1], keepdims=True))
-            return bb.emit(op.add(super().logits(bb, x, positions, last, weight), bb.emit(op.multiply(largest, relax.const(1e4)))))
+            scaled = bb.emit(op.multiply(largest, relax.const(1e4)))
+            return bb.emit(op.add(super().logits(bb, x, positions, last, weight), scaled))
 
     model = LargestPosition(layers=1)
     step = CachedStep(model, stages(model, KVCacheConfig.parse("f16"))["quantize"])
@@ -151,7 +159,7 @@ def test_what_the_library_says_of_itself():
     assert (info["max_position"], info["dtype"]) == (77, "float32")
     assert info["weights"] == [f"weight_{i:04d}" for i in range(11)]
     step = compiled("plain", "quantize")
-    assert json.loads(str(step.vm["kv_cache_info"]()))["layers"][1]["k"] == "hurwitz3"
+    assert json.loads(str(step.vm["kv_cache_info"]()))["layers"][1]["k"] == "q8_0"
 
 
 def test_the_description_can_be_replaced():
@@ -192,7 +200,8 @@ def test_simulation_works_without_a_cache():
     def held(_, new):
         return [codec.decode(codec.encode(x)) for codec, x in zip(codecs, new, strict=True)]
 
-    np.testing.assert_allclose(run_main(model, mod, ids)[0], model.forward(ids[0], model.empty_past(), held)[0], atol=1e-4)
+    expected = model.forward(ids[0], model.empty_past(), held)[0]
+    np.testing.assert_allclose(run_main(model, mod, ids)[0], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", NEAR_MISSES, ids=lambda model: model.__name__)
@@ -268,7 +277,7 @@ def test_modules_that_no_importer_made_are_refused():
         QuantizeKVCache(config)(tvm.IRModule({"other": mod["main"]}))
     with pytest.raises(ModelError, match="num_input"):
         QuantizeKVCache(config)(tvm.IRModule({"main": mod["main"].without_attr("num_input")}))
-    with pytest.raises(ModelError, match="already|no Relax function"):
+    with pytest.raises(ModelError, match="no Relax function"):
         QuantizeKVCache(config)(QuantizeKVCache(config)(mod))
     bb = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType([2, 2], "float32"))

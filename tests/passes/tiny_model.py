@@ -106,9 +106,7 @@ class TinyModel:
     def attend(self, bb, q, k, v):
         """Attention of q [b, s, h, d] over presents."""
         k, v = (bb.emit(op.permute_dims(x, [0, 2, 1, 3])) for x in (k, v))
-        return bb.emit(
-            op.nn.attention(q, k, v, scale=self.scale, causal_mask="BottomRight", window_size=self.window)
-        )
+        return bb.emit(op.nn.attention(q, k, v, scale=self.scale, causal_mask="BottomRight", window_size=self.window))
 
     def forward(self, ids, pasts, held=None):
         """One sequence in float64: ids [s], pasts per layer (k, v) [kv_heads, p, d].

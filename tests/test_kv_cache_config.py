@@ -1,0 +1,101 @@
+"""KVCacheConfig: what users write, and which layer gets what."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rotquant_tvm.errors import FormatError, UsageError
+from rotquant_tvm.formats import KVFormat
+from rotquant_tvm.kv_cache_config import KVCacheConfig, LayerFormats
+
+
+def names(config: KVCacheConfig, count: int) -> list[str]:
+    return [config.layer(i, count).name for i in range(count)]
+
+
+def test_one_format_is_for_keys_and_values():
+    config = KVCacheConfig.parse("rq3")
+    assert config.formats == LayerFormats(KVFormat.parse("rq3"), KVFormat.parse("rq3"))
+    assert names(config, 3) == ["hurwitz3"] * 3 and config.overrides == {} and config.seed == 0
+
+
+def test_a_pair_is_keys_then_values():
+    formats = KVCacheConfig.parse("iso3/planar2").formats
+    assert (formats.k.name, formats.v.name, formats.name) == ("iso3", "planar2", "iso3/planar2")
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, ["iso3"] * 4),
+        ("", ["iso3"] * 4),
+        ("0=f16", ["f16", "iso3", "iso3", "iso3"]),
+        ("0,-1=f16", ["f16", "iso3", "iso3", "f16"]),
+        (" 0 , 2 = q8_0/f16 ; -1=iso4 ; ", ["q8_0/f16", "iso3", "q8_0/f16", "iso4"]),
+        ("1=f16;1=q8_0", ["iso3", "q8_0", "iso3", "iso3"]),
+        ("-4=f16;3=f16", ["f16", "iso3", "iso3", "f16"]),
+    ],
+)
+def test_layer_overrides(layers, expected):
+    assert names(KVCacheConfig.parse("iso3", layers), 4) == expected
+
+
+def test_a_positive_index_wins_over_a_negative_one():
+    assert names(KVCacheConfig.parse("iso3", "1=f16;-1=q8_0"), 2) == ["iso3", "f16"]
+
+
+@pytest.mark.parametrize("text", ["f16", "0", "=f16", "a=f16", "0.5=f16", "0,=f16", "0;1=f16"])
+def test_overrides_that_cannot_be_read(text):
+    with pytest.raises(UsageError, match=r"cannot read the layer overrides .* write them like '0,-1=f16;5=iso4'"):
+        KVCacheConfig.parse("rq3", text)
+
+
+@pytest.mark.parametrize(("text", "layers"), [("rq9", None), ("iso3/", None), ("a/b/c", None), ("rq3", "0=rq9")])
+def test_unknown_formats(text, layers):
+    with pytest.raises(FormatError):
+        KVCacheConfig.parse(text, layers)
+
+
+@pytest.mark.parametrize(("layers", "key"), [("4=f16", 4), ("-5=f16", -5), ("0,7=f16", 7)])
+def test_layers_that_the_model_does_not_have(layers, key):
+    config = KVCacheConfig.parse("rq3", layers)
+    for index in range(4):  # for every layer, so also if the first one is compiled alone
+        with pytest.raises(UsageError, match=f"layer override {key}: the model has layers 0 to 3"):
+            config.layer(index, 4)
+
+
+def test_every_layer_and_role_has_its_own_rotation():
+    config = KVCacheConfig.parse("dense3")
+    drawn = [codec.rotation.data for layer in range(3) for codec in config.codecs(layer, 3, 64)]
+    for i, one in enumerate(drawn):
+        assert not any(np.array_equal(one, other) for other in drawn[:i])
+    again = [codec.rotation.data for layer in range(3) for codec in config.codecs(layer, 3, 64)]
+    np.testing.assert_array_equal(drawn, again)
+
+
+def test_the_seed_draws_other_rotations():
+    first, second = (KVCacheConfig.parse("iso3", seed=seed).codecs(0, 1, 64)[0] for seed in (0, 1))
+    assert not np.array_equal(first.rotation.data, second.rotation.data)
+    assert first.format == second.format
+
+
+def test_a_head_dim_that_a_format_cannot_take():
+    with pytest.raises(FormatError, match="turbo3 cannot take head_dim 96"):
+        KVCacheConfig.parse("f16/turbo3").codecs(0, 1, 96)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        KVCacheConfig.parse("rq3").seed = 3
+
+
+@given(count=st.integers(1, 40), data=st.data())
+def test_negative_indices_count_from_the_end(count, data):
+    index = data.draw(st.integers(-count, count - 1))
+    found = names(KVCacheConfig.parse("iso3", f"{index}=f16"), count)
+    assert found[index] == "f16" and found.count("f16") == 1

@@ -1,0 +1,79 @@
+"""The compile report: true bits and bytes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tvm
+
+from rotquant_tvm.formats import TileLayout, parse_pair
+from rotquant_tvm.ops import Axes, advance
+from rotquant_tvm.report import cache_bytes, compile_report
+
+
+def info(*layers):
+    """What ``kv_cache_info`` says of layers (formats, head_dim, kv_heads)."""
+    described = []
+    for pair, head_dim, kv_heads in layers:
+        k, v = parse_pair(pair)
+        tile = TileLayout(k, v, head_dim).tile_bytes
+        layer = {"kv_heads": kv_heads, "head_dim": head_dim, "k": k.name, "v": v.name, "tile_bytes": tile}
+        described.append(layer)
+    return {"layers": described}
+
+
+def report(*layers, mod=None):
+    target = tvm.target.Target("llvm")
+    return compile_report(info(*layers), {"model_type": "llama"}, target, {"import": 1.2345}, mod or tvm.IRModule())
+
+
+@pytest.mark.parametrize(
+    ("pair", "head_dim", "bits", "compression"),
+    [
+        ("f16", 128, 16, 1),
+        ("rq3", 128, 3.125, 5.12),
+        ("rq2", 128, 2.125, 7.529),
+        ("rq4", 128, 4.125, 3.879),
+        ("rq3", 64, 3.25, 4.923),
+        ("planar3/f16", 128, 9.5625, 1.673),
+        ("q8_0", 128, 8.5, 1.882),
+    ],
+)
+def test_true_bits(pair, head_dim, bits, compression):
+    """Gains counted: METHODS' figures, not those that the papers print."""
+    found = report((pair, head_dim, 2), (pair, head_dim, 2))
+    assert found["bits_per_element"] == pytest.approx(bits)
+    assert found["compression"] == pytest.approx(compression, rel=1e-3)
+    assert found["f16_bytes_per_token"] == 2 * 2 * head_dim * 2 * 2
+
+
+def test_layers_are_described_one_by_one():
+    found = report(("iso3/planar2", 64, 3), ("f16", 64, 3))
+    first, second = found["layers"]
+    assert (first["layer"], first["k"], first["v"]) == (0, "iso3", "planar2")
+    assert (first["kv_heads"], first["head_dim"]) == (3, 64)
+    assert (first["k_bits"], first["v_bits"]) == (3.25, 2.25) and (second["k_bits"], second["v_bits"]) == (16, 16)
+    assert first["bytes_per_token"] == 3 * 64 * (3.25 + 2.25) / 8
+    assert found["bytes_per_token"] == first["bytes_per_token"] + second["bytes_per_token"]
+    assert found["layers_rewritten"] == 2 and found["model_type"] == "llama"
+
+
+def test_kernels_times_and_target():
+    mod = tvm.IRModule({"kv_advance": advance(Axes("llvm")), "other": advance(Axes("llvm"))})
+    found = report(("rq3", 64, 1), mod=mod)
+    assert found["kernels"] == ["kv_advance"]
+    assert found["seconds"] == {"import": 1.23}
+    assert "llvm" in found["target"]
+
+
+def test_it_is_plain_data():
+    found = report(("rq3", 64, 1))
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(("tokens", "tiles"), [(0, 0), (1, 1), (32, 1), (33, 2), (4096, 128)])
+def test_a_cache_takes_whole_tiles(tokens, tiles):
+    described = info(("rq3", 64, 3), ("f16/q8_0", 128, 1))
+    sizes = [3 * described["layers"][0]["tile_bytes"], described["layers"][1]["tile_bytes"]]
+    assert cache_bytes(described, tokens) == tiles * sum(sizes)
