@@ -1,7 +1,7 @@
 """FindAttention: every attention of a function, by structure, with its K and V producers and cache tensors.
 
 An attention site is one ``nn.attention*`` call; its key and value operands are followed back through layout changes
-to a concatenation of a parameter (the past) with new tokens along the sequence axis. Whatever comes near that without
+to a concatenation of a parameter (the past) with new tokens along the sequence axis. A call that comes near that without
 matching is recorded with the reason.
 """
 
@@ -52,7 +52,7 @@ class AttentionSite:
 
     @property
     def mask(self) -> str:
-        """``causal``, ``window`` or ``operand``."""
+        """``causal``, ``window``, ``operand`` (a mask tensor) or ``none``."""
         if len(self.call.args) > 3:
             return "operand"
         return "window" if self.window else ("causal" if self.call.attrs.causal_mask else "none")

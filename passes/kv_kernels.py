@@ -10,7 +10,6 @@ import tvm
 from tvm import relax
 
 from rotquant_tvm import ops
-from rotquant_tvm.errors import RotQuantError
 from rotquant_tvm.formats import Codec, Rotation
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
@@ -109,5 +108,5 @@ def site_shape(func: tvm.tirx.PrimFunc) -> SiteShape:
     """The ``SiteShape`` that an attention kernel carries."""
     shape = SiteShape.of(func)
     if shape is None:
-        raise RotQuantError("an attention kernel lacks its site's shape")
+        raise RuntimeError("an attention kernel lacks its site's shape")
     return shape

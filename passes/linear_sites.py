@@ -77,7 +77,8 @@ class _Finder:
     """One walk over the bindings; a weight with any reader that is no site is dropped in the end.
 
     ``aliases`` maps each variable that only renames a weight (transposed, converted) to
-    (weight, whether ``[in, out]`` order is needed), ``readers`` counts the sites of each weight.
+    (weight, whether ``[in, out]`` order is needed), ``readers`` counts the sites of each weight; ``sums`` are
+    the adds that sites have taken: where two sites meet in one add, only the first takes the other as residual.
     """
 
     def __init__(self, func: relax.Function, num_input: int) -> None:
@@ -87,6 +88,7 @@ class _Finder:
         self.params = set(func.params)
         self.weights = {param for param in func.params[num_input:] if _packable(param)}
         self.refused: set[relax.Var] = set()
+        self.sums: set[relax.Var] = set()
         self.users: dict[relax.Var, list[relax.Binding | None]] = defaultdict(list)
         blocks = func.body.blocks
         for block in blocks:
@@ -165,6 +167,9 @@ class _Finder:
         if found is None or not tvm_ffi.structural_equal(found[1].ty.shape, site.output.ty.shape):
             return site
         output, residual = found
+        if output in self.sums:
+            return site
+        self.sums.add(output)
         return replace(site, output=output, residual=residual, absorbed=(*site.absorbed, site.output))
 
     def _added(self, site: LinearSite) -> tuple[relax.Var, relax.Var] | None:

@@ -6,7 +6,7 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from rotquant_tvm.errors import RotQuantError
+from rotquant_tvm.errors import UsageError
 
 from .kv_kernels import KernelLibrary, kernel_of, site_shape
 
@@ -18,7 +18,7 @@ SPLITS = {"llvm": 8, "cuda": 64}
 class LowerKVOps:
     """Fuse dequantization into attention; afterwards no unpacked key or value exists in memory.
 
-    Run after ``HoistRotation``; raises ``RotQuantError`` where a cache is still un-rotated on its own.
+    Run after ``HoistRotation``; raises ``UsageError`` where a cache is still un-rotated on its own.
     """
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
@@ -50,7 +50,9 @@ class _Lower(PyExprMutator):
         operands = list(call.args[1])
         cache = self._packed(operands[1])
         if cache is None or not cache.same_as(self._packed(operands[2])):
-            raise RotQuantError("an attention's keys and values do not come straight from its packed cache")
+            raise UsageError(
+                "an attention's keys and values do not come straight from its packed cache; run HoistRotation first"
+            )
         splits = max(1, SPLITS[self.kernels.axes.kind] // shape.kv_heads)
         packed = self.kernels.attention_packed(shape, splits)
         query, lengths, new_lengths = operands[0], operands[-2], operands[-1]

@@ -89,13 +89,14 @@ class PackLinearWeights:
         self.merge = merge
 
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        """Rewrite each Relax function that has linear layers over its parameters."""
+        """Rewrite each Relax function that has linear layers over its parameters; raise if one is malformed."""
         for gvar, func in mod.functions_items():
             if not isinstance(func, relax.Function) or RECIPES_ATTR in (func.attrs or {}):
                 continue
             sites = LinearSites.find(func, _num_input(func), self.merge)
             if sites.groups:
                 mod = _Rewriter(mod, sites, self.registers, self.tile).rewrite(gvar, func)
+        relax.analysis.well_formed(mod)
         return mod
 
 

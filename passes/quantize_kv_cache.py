@@ -15,8 +15,8 @@ from tvm import relax
 from tvm_ffi import structural_walk
 
 from rotquant_tvm.errors import ModelError
+from rotquant_tvm.formats import TOKENS, Codec, TileLayout
 from rotquant_tvm.formats import VERSION as LAYOUT_VERSION
-from rotquant_tvm.formats import Codec, TileLayout
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.ops.site_shape import SiteShape
 
@@ -72,9 +72,9 @@ class QuantizeKVCache:
         sites = find_attention(func)
         if not sites:
             raise ModelError("the model has no attention, so there is no KV cache to quantize")
-        codecs = [self.config.codecs(s.index, len(sites), s.head_dim) for s in sites]
         if self.simulate:
-            return Simulation(mod, sites, codecs).module()
+            return Simulation(mod, sites, self.config).module()
+        codecs = [self.config.codecs(s.index, len(sites), s.head_dim) for s in sites]
         for site in sites:
             if site.reason:
                 raise ModelError(f"attention {site.index} ({site.output.name}) cannot be rewritten: {site.reason}")
@@ -136,7 +136,7 @@ def _create_function(sites: list[AttentionSite], codecs: list[tuple[Codec, Codec
             tensors = []
             for site, (k, v) in zip(sites, codecs, strict=True):
                 words = TileLayout(k.format, v.format, site.head_dim).tile_bytes // 4
-                shape = [batch, site.kv_heads, (capacity + 31) // 32, words]
+                shape = [batch, site.kv_heads, (capacity + TOKENS - 1) // TOKENS, words]
                 tensors.append(builder.emit(relax.op.zeros(relax.ShapeExpr(shape), "uint32")))
             tensors.append(builder.emit(relax.op.zeros(relax.ShapeExpr([batch]), "int32")))
             output = builder.emit_output(relax.Tuple(tensors))
@@ -251,7 +251,7 @@ class _CachedStep:
         arguments = relax.Tuple([cache, key, value, *rotations, total, new])
         packed = emit(relax.op.call_tir_inplace(kernels.append(shape), arguments, 0, cache.ty))
         batch, kv_heads, tiles, _ = cache.ty.shape
-        dense = relax.TensorType([batch, kv_heads, tiles * 32, site.head_dim], "float32")
+        dense = relax.TensorType([batch, kv_heads, tiles * TOKENS, site.head_dim], "float32")
         pair = emit(relax.call_tir(kernels.dequantize_cache(shape), [packed, total], [dense, dense]))
         past = [
             _unrotate(emit, kernels, emit(relax.TupleGetItem(pair, i)), codec)

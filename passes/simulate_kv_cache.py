@@ -5,7 +5,9 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
+from rotquant_tvm.errors import ModelError
 from rotquant_tvm.formats import Codec
+from rotquant_tvm.kv_cache_config import KVCacheConfig
 
 from .binding_copy import BindingCopy
 from .find_attention import AttentionSite
@@ -15,10 +17,23 @@ from .kv_kernels import KernelLibrary, rotation_constant
 class Simulation:
     """Inserts a round trip on the new keys and values of every site of "main"."""
 
-    def __init__(
-        self, mod: tvm.IRModule, sites: list[AttentionSite], codecs: list[tuple[Codec, Codec]]
-    ) -> None:
-        self.mod, self.sites, self.codecs = mod, sites, codecs
+    def __init__(self, mod: tvm.IRModule, sites: list[AttentionSite], config: KVCacheConfig) -> None:
+        self.mod, self.sites, self.config = mod, sites, config
+
+    def _wanted(self) -> dict[relax.Var, Codec]:
+        """Which variables to quantize, and how; keys and values may differ in their head dimension."""
+        wanted: dict[relax.Var, Codec] = {}
+        for site in self.sites:
+            for role, (cache, operand) in enumerate(zip((site.key, site.value), site.call.args[1:3], strict=True)):
+                var = cache.new if cache is not None else operand
+                where = f"attention {site.index} ({site.output.name})"
+                if not isinstance(var, relax.Var):
+                    raise ModelError(f"{where} cannot be simulated: its {('key', 'value')[role]} is a constant")
+                if var in wanted:
+                    raise ModelError(f"{where} cannot be simulated: one tensor serves as several keys or values")
+                head_dim = int(operand.ty.shape[3])
+                wanted[var] = self.config.codecs(site.index, len(self.sites), head_dim)[role]
+        return wanted
 
     def module(self) -> tvm.IRModule:
         """The rewritten module."""
@@ -27,10 +42,7 @@ class Simulation:
         kernels = KernelLibrary(builder)
         func = self.mod["main"]
         copy = BindingCopy(builder)
-        wanted: dict[relax.Expr, Codec] = {}
-        for site, pair in zip(self.sites, self.codecs, strict=True):
-            for cache, operand, codec in zip((site.key, site.value), site.call.args[1:3], pair, strict=True):
-                wanted[cache.new if cache is not None else operand] = codec
+        wanted = self._wanted()
 
         def quantized(var: relax.Var) -> None:
             codec = wanted.get(var)

@@ -28,7 +28,7 @@ from .kv_cache_config import KVCacheConfig
 KEEP = 8
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "numpy")
 _SOURCES = ("rotquant_tvm", "rotquant_tvm.passes", "rotquant_tvm.schedules", "rotquant_tvm.tuning_logs")
-_WITHOUT_EFFECT = ("cli", "evaluation")  # subpackages that no compile runs
+_WITHOUT_EFFECT = ("cli",)  # subpackages that no compile runs
 _ABANDONED_SECONDS = 24 * 3600
 Progress: TypeAlias = Callable[[str], None]
 

@@ -89,6 +89,8 @@ def pass_context(
     for name in hooks.disabled:
         if name in REQUIRED_PASSES:
             raise UsageError(f"pass {name} cannot be disabled: nothing works without it")
+    if "HoistRotation" in hooks.disabled and "LowerKVOps" not in hooks.disabled:
+        raise UsageError("LowerKVOps needs HoistRotation; disable both or neither")
     known = sorted(str(key) for key in tvm.transform.PassContext.list_configs())
     for key in config or {}:
         if key not in known:

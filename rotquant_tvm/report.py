@@ -6,9 +6,7 @@ from typing import Any
 
 import tvm
 
-from .formats import KVFormat
-
-TOKENS = 32
+from .formats import TOKENS, KVFormat
 
 
 def compile_report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.s_tir.dlight.analysis import SBlockInfo
 from tvm.target import Target
@@ -15,6 +16,8 @@ class Elementwise:
 
     def apply(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
         """Schedule ``func``, or decline with None."""
+        if has_empty_extent(func):
+            return None
         sch = s_tir.Schedule(func)
         blocks = inline_producers(sch)
         if not blocks or not all(block.is_injective() for block in blocks):
@@ -32,6 +35,20 @@ class Elementwise:
         outer = loops[:-1]
         chunks = vectorize(sch, loops[-1], lanes)
         sch.parallel(sch.fuse(*outer) if outer else chunks)
+
+
+def has_empty_extent(func: tirx.PrimFunc) -> bool:
+    """Tell whether any loop or tensor has a constant extent of 0, by which TVM's analysis would divide."""
+    extents = [n for buffer in func.buffer_map.values() for n in buffer.shape]
+
+    def loop(node: tirx.For) -> None:
+        extents.append(node.extent)
+
+    def block(node: tirx.SBlock) -> None:
+        extents.extend(n for buffer in node.alloc_buffers for n in buffer.shape)
+
+    tvm_ffi.structural_walk(func.body, [(tirx.For, loop), (tirx.SBlock, block)])
+    return any(isinstance(n, tirx.IntImm) and int(n) == 0 for n in extents)
 
 
 def vectorize(sch: s_tir.Schedule, loop: s_tir.schedule.LoopRV, lanes: int) -> s_tir.schedule.LoopRV:

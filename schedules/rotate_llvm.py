@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import tvm
 import tvm.tirx as tir
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
 from rotquant_tvm.formats import block_reads
 from rotquant_tvm.ops.rotate import RotationShape
 from rotquant_tvm.ops.site_shape import OP_ATTR
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as T
 
 from .attention_core_llvm import wide
 from .vector_ops import LANES, cast, lanes, pick, register

@@ -6,7 +6,7 @@ from tvm import s_tir, tirx
 from tvm.s_tir.dlight.analysis import SBlockInfo
 from tvm.target import Target
 
-from .elementwise_llvm import vector_factor, vectorize
+from .elementwise_llvm import has_empty_extent, vector_factor, vectorize
 from .inline_producers import inline_producers
 from .vector_target import VectorTarget
 
@@ -16,6 +16,8 @@ class RowReduction:
 
     def apply(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
         """Schedule ``func``, or decline with None."""
+        if has_empty_extent(func):
+            return None
         sch = s_tir.Schedule(func)
         blocks = inline_producers(sch)
         if not blocks or all(block.is_injective() for block in blocks):

@@ -84,11 +84,9 @@ class KVFormat:
     def check(self, head_dim: int) -> None:
         """Raise ``FormatError`` if the format cannot take a head dimension, saying what to use instead."""
         if head_dim not in HEAD_DIMS:
-            padded = next((size for size in HEAD_DIMS if size >= head_dim), None)
-            remedy = f"pad the head to {padded}" if padded else "keep that attention's own cache"
             raise FormatError(
-                f"{self.name} cannot take head_dim {head_dim}: KV formats take multiples of 16 "
-                f"from 32 to 256; {remedy}"
+                f"{self.name} cannot take head_dim {head_dim}: KV formats take multiples of 16 from 32 to 256, "
+                "and no format takes another; use a model with such heads"
             )
         try:
             rotation_structure(self.rotation, head_dim)

@@ -114,7 +114,7 @@ class Rotation:
     def draw(cls, family: str, head_dim: int, seed: int | Sequence[int] = 0) -> Rotation:
         """Draw a rotation of a family; the same (family, head_dim, seed) gives the same rotation.
 
-        Artifacts store the drawn ``data``; they never draw again.
+        A compiled library holds the drawn ``data``; loading one never draws again.
 
         Raises ``FormatError`` for an unknown family or a head dimension it cannot take, and ``UsageError``
         for a negative seed.

@@ -13,7 +13,6 @@ from tvm.tirx.script.builder import ir as T
 from .axes import Axes
 from .vector_code import Structure, emit_rotation, f32, rotation_size
 
-
 ROTATION_ATTR = "rotquant.rotation"
 
 
@@ -40,18 +39,18 @@ class RotationShape:
         return RotationShape(tuple(tuple(layer) for layer in record["structure"]), record["head_dim"], record["dtype"])
 
 
-def rotate(structure: Structure, head_dim: int, dtype: str, axes: Axes, *, role: str = "") -> tvm.tirx.PrimFunc:
+def rotate(structure: Structure, head_dim: int, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
     """Build ``rotate(x, coefficients, y)`` for a rotation's ``structure`` (``Rotation.structure``).
 
     Shapes: x, y ``dtype`` [n0, n1, n2, head_dim]; coefficients float32 (``Rotation.data``; its inverse's data and
-    structure un-rotate). ``role`` is recorded for the passes (``"query"``, ``"key"``, ``"value"``, ``"output"``).
+    structure un-rotate).
     """
     sizes = [tir.Var(f"n{i}", "int64") for i in range(3)]
     rows = sizes[0] * sizes[1] * sizes[2]
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("rotate")
         shape = json.dumps(asdict(RotationShape(tuple(structure), head_dim, dtype)))
-        T.func_attr({"rotquant.op": "rotate", ROTATION_ATTR: shape, "rotquant.role": role, "tirx.noalias": True})
+        T.func_attr({"rotquant.op": "rotate", ROTATION_ATTR: shape, "tirx.noalias": True})
         x = T.arg("x", T.buffer((*sizes, head_dim), dtype))
         coefficients = T.arg("coefficients", T.buffer((rotation_size(structure, head_dim),), "float32"))
         y = T.arg("y", T.buffer((*sizes, head_dim), dtype))

@@ -11,12 +11,11 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from ..formats import Codec, KVFormat
+from ..formats import HALF_MAX, IP_FLOOR, Codec, KVFormat
 from .axes import Axes
 from .tile_access import u32
 
 Expr = Any
-FP16_MAX = 65504.0
 Structure = Sequence[tuple[int, int]]
 
 
@@ -28,7 +27,7 @@ def f32(value: Expr) -> Expr:
 def sanitize(value: Expr) -> Expr:
     """NaN becomes 0; everything else is clipped to the finite float16 range."""
     x = f32(value)
-    clipped = tir.max(tir.min(x, f32(FP16_MAX)), f32(-FP16_MAX))
+    clipped = tir.max(tir.min(x, f32(HALF_MAX)), f32(-HALF_MAX))
     return tir.Select(tir.isnan(x), f32(0), clipped)
 
 
@@ -228,7 +227,7 @@ def corrected_gain(rule: str, norm: Expr, inner: Expr, square: Expr) -> Expr:
     elif rule == "mse":
         gain = inner / safe_square
     else:
-        usable = inner > norm * f32(1e-6)
+        usable = inner > norm * f32(IP_FLOOR)
         gain = tir.Select(usable, norm * norm / tir.Select(usable, inner, f32(1)), norm)
     gain = tir.Select(norm > f32(0), gain, f32(0))
-    return tir.max(tir.min(gain, f32(FP16_MAX)), f32(0)).astype("float16")
+    return tir.max(tir.min(gain, f32(HALF_MAX)), f32(0)).astype("float16")

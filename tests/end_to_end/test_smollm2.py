@@ -1,8 +1,8 @@
 """Compiled SmolLM2 against torch, token by token.
 
 A difference in the last bit of float32 moves a key or value across a quantization boundary now and then, and from then
-on two runs drift apart, torch from itself included. So the reference takes each stored code from the compiled cache; the
-tests check separately that torch would have chosen the same code or stood on the boundary.
+on two runs drift apart, torch from itself included. So the reference takes each stored code from the compiled cache;
+the tests check separately that torch would have chosen the same code or stood on the boundary.
 """
 
 from __future__ import annotations

@@ -125,9 +125,9 @@ def test_check_takes_exactly_the_head_dims_that_a_codec_takes(name):
     ("text", "head_dim", "remedy"),
     [
         ("turbo3", 96, "use hurwitz or dense"),
-        ("rq3", 72, "pad the head to 80"),
-        ("f16", 24, "pad the head to 32"),
-        ("iso3", 320, "keep that attention's own cache"),
+        ("rq3", 72, "no format takes another"),
+        ("f16", 24, "no format takes another"),
+        ("iso3", 320, "no format takes another"),
     ],
 )
 def test_refusals_say_what_to_use(text, head_dim, remedy):

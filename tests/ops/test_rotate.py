@@ -7,6 +7,7 @@ import pytest
 
 from rotquant_tvm import ops
 from rotquant_tvm.formats import Rotation, rotation_families
+from rotquant_tvm.ops.rotate import RotationShape
 
 from .reference import coefficients
 
@@ -58,6 +59,6 @@ def test_half_precision_is_rounded_once(kernels, rng, poisoned, family, head_dim
     assert (np.abs(y - exact) <= 0.51 * step + 2e-6).all()
 
 
-def test_the_role_is_recorded_for_the_passes():
-    func = ops.rotate(((4, 1),), 64, "float32", ops.Axes("llvm"), role="query")
-    assert str(func.attrs["rotquant.op"]) == "rotate" and str(func.attrs["rotquant.role"]) == "query"
+def test_the_shape_is_recorded_for_the_schedules():
+    func = ops.rotate(((4, 1), (4, 4)), 64, "float16", ops.Axes("llvm"))
+    assert RotationShape.of(func) == RotationShape(((4, 1), (4, 4)), 64, "float16")

@@ -260,7 +260,7 @@ def test_a_past_that_is_used_otherwise_is_refused(model, message):
     ("model", "config", "error", "message"),
     [
         (TinyModel(head_dim=96), ("turbo3", None), FormatError, "turbo3 cannot take head_dim 96"),
-        (TinyModel(head_dim=24), ("f16", None), FormatError, "f16 cannot take head_dim 24.*pad the head to 32"),
+        (TinyModel(head_dim=24), ("f16", None), FormatError, "f16 cannot take head_dim 24.*no format takes another"),
         (TinyModel(), ("rq3", "2=f16"), UsageError, "layer override 2: the model has layers 0 to 1"),
         (TinyModel(), ("rq3", "-3=f16"), UsageError, "layer override -3: the model has layers 0 to 1"),
     ],

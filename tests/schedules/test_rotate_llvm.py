@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
+from rotquant_tvm.schedules.rotate_llvm import ROWS, rotate_llvm
 
 from rotquant_tvm.formats import Rotation
 from rotquant_tvm.ops.rotate import RotationShape
-from rotquant_tvm.schedules.rotate_llvm import ROWS, rotate_llvm
 from rotquant_tvm.target import host_target
 
 FAMILIES = [

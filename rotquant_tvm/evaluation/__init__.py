@@ -1,1 +1,0 @@
-"""Measures of quality: distortion, perplexity and KL."""

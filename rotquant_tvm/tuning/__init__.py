@@ -1,1 +1,0 @@
-"""MetaSchedule driver, log store and device identity."""
