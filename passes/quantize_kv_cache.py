@@ -218,7 +218,7 @@ class _CachedStep:
                 elif any(used in stale for used in graph.predecessors(binding.var)):
                     stale.add(binding.var)
                 elif _mentions(binding, lengths):
-                    raise ModelError("the model uses the length of the past outside attention; only positions may tell it")
+                    raise ModelError("the model uses the past's length outside attention; only positions may tell it")
                 else:
                     self.copy.emit(binding)
         logits = _logits(self.func)

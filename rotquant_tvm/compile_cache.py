@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -24,12 +25,15 @@ from .artifact_folder import check_output
 from .errors import ArtifactError, ModelError, UsageError
 from .frontend import ImportedModel, import_model
 from .kv_cache_config import KVCacheConfig
+from .linker import linker_command
 
 KEEP = 8
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "numpy")
 _SOURCES = ("rotquant_tvm", "rotquant_tvm.passes", "rotquant_tvm.schedules", "rotquant_tvm.tuning_logs")
 _WITHOUT_EFFECT = ("cli",)  # subpackages that no compile runs
 _ABANDONED_SECONDS = 24 * 3600
+_ENTRY = re.compile(r"[0-9a-f]{64}")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[a-z0-9_]{8}\.(partial|replaced)")
 Progress: TypeAlias = Callable[[str], None]
 
 
@@ -79,13 +83,14 @@ class CompileCache:
         """Return the artifact of a model, which is a directory or a file; arguments as of ``compile``.
 
         An entry that is damaged is compiled again. ``progress`` is called with the name of each stage. Raises
-        what ``compile`` raises, and UsageError if the folder cannot be written.
+        what ``compile`` raises, UsageError if the folder cannot be written, and DeviceError if there is no
+        compiler to link the library with.
         """
         from .compiler import compile
         from .runtime import read_artifact
         from .target import resolve_target
 
-        config = kv_cache if isinstance(kv_cache, KVCacheConfig) else KVCacheConfig.parse(kv_cache, kv_layers)
+        config = KVCacheConfig.of(kv_cache, kv_layers)
         resolved = resolve_target(target)
         progress("look into the compile cache")
         key = (model_digest(model), _config_text(config), str(resolved), capacity, dtype, _environment())
@@ -96,6 +101,7 @@ class CompileCache:
             return CachedArtifact(path, found=True)
         except (ArtifactError, OSError):  # not there, damaged, or just being removed
             self._check_writable(path)
+        linker_command()
         imported = self._import(model, dtype, progress)
         compiled = compile(imported, config, resolved, capacity=capacity, progress=progress)
         progress("write")
@@ -119,13 +125,14 @@ class CompileCache:
             raise UsageError(f"the compile cache {self.folder} cannot be written; set XDG_CACHE_HOME") from error
 
     def _prune(self, newest: Path) -> None:
-        """Remove all but the newest entries, and what interrupted compiles left behind."""
+        """Remove all but the newest entries, and what interrupted compiles left behind; nothing else."""
         changed: dict[Path, float] = {}
         for entry in self.folder.iterdir():
             with suppress(OSError):  # another process may be removing it
                 changed[entry] = entry.stat().st_mtime
-        partial = {entry for entry in changed if entry.name.startswith(".")}
-        whole = sorted(changed.keys() - partial - {newest}, key=changed.__getitem__, reverse=True)
+        partial = {entry for entry in changed if _UNFINISHED.fullmatch(entry.name)}
+        whole = [entry for entry in changed if _ENTRY.fullmatch(entry.name) and entry != newest]
+        whole.sort(key=changed.__getitem__, reverse=True)
         deadline = time.time() - _ABANDONED_SECONDS
         for entry in [*whole[self.keep - 1 :], *(entry for entry in partial if changed[entry] < deadline)]:
             _remove(entry)

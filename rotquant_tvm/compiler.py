@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import tvm
 from .errors import UsageError
 from .frontend import ImportedModel, TokenizerData, import_model
 from .kv_cache_config import KVCacheConfig
+from .linker import export_library, linker_command
 from .pass_hooks import PassHooks
 from .pipeline import check_pass_names, kv_passes, operator_passes, pass_context, run_passes
 from .report import compile_report
@@ -22,7 +24,7 @@ from .target import resolve_target
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .runtime import Artifact, CompiledLibrary, Session
+    from .runtime import Artifact, CompiledLibrary, Session, TokenizerSpec
 
 DEFAULT_CAPACITY = 4096
 Progress = Callable[[str], None]
@@ -33,8 +35,8 @@ class CompiledModel:
     """A compiled library with its weights, ready to save or to run.
 
     Attributes: ``executable`` (TVM's), ``info`` (what ``kv_cache_info()`` returns), ``weights`` (as the
-    library takes them), ``report`` (formats, true bits, bytes, kernels, times; plain data), ``target``,
-    ``tokenizer``.
+    library takes them), ``report`` (formats, true bits, bytes, kernels, times, capacity; plain data),
+    ``target``, ``tokenizer``, ``default_capacity`` (tokens per sequence of a session that names none).
     """
 
     executable: Any
@@ -46,23 +48,22 @@ class CompiledModel:
     default_capacity: int
 
     def save(self, path: str | os.PathLike[str]) -> Artifact:
-        """Write the artifact folder ``path``; it appears whole or not at all. Raises ``UsageError``."""
-        from .runtime import TokenizerSpec, write_artifact
+        """Write the artifact folder ``path``; it appears whole or not at all.
 
-        spec = None
-        if self.tokenizer is not None:
-            spec = TokenizerSpec(
-                self.tokenizer.eos_token_ids, self.tokenizer.bos_token_id, self.tokenizer.chat_template
-            )
+        Raises ``UsageError``, or ``DeviceError`` if there is no compiler to link the library with.
+        """
+        from .runtime import write_artifact
+
+        linker_command()
         return write_artifact(
             path,
-            self.executable.export_library,
+            partial(export_library, self.executable),
             dict(zip(self.info["weights"], self.weights, strict=True)),
             kv_cache_info=self.info,
             target=str(self.target),
             report=self.report,
             tokenizer_json=None if self.tokenizer is None else self.tokenizer.json,
-            tokenizer=spec,
+            tokenizer=self._tokenizer_spec(),
             default_capacity=self.default_capacity,
         )
 
@@ -70,20 +71,16 @@ class CompiledModel:
         """Return the library in this process, without a file between."""
         from .runtime import CompiledLibrary
         from .runtime.device import parse_device
-        from .runtime.manifest import TokenizerSpec
         from .runtime.tokenizer import TextTokenizer
 
-        text, eos = None, ()
-        if self.tokenizer is not None:
-            eos = self.tokenizer.eos_token_ids
-            spec = TokenizerSpec(eos, self.tokenizer.bos_token_id, self.tokenizer.chat_template)
-            text = TextTokenizer(self.tokenizer.json, spec)
+        spec = self._tokenizer_spec()
+        text = None if self.tokenizer is None else TextTokenizer(self.tokenizer.json, spec)
         return CompiledLibrary(
             self.executable.jit(),
             self.weights,
             parse_device(device),
             tokenizer=text,
-            eos_token_ids=eos,
+            eos_token_ids=spec.eos_token_ids,
             report=self.report,
             default_capacity=self.default_capacity,
         )
@@ -91,6 +88,14 @@ class CompiledModel:
     def session(self, batch: int = 1, capacity: int | None = None, device: str = "cpu") -> Session:
         """Start a session over ``library(device)``."""
         return self.library(device).session(batch, capacity)
+
+    def _tokenizer_spec(self) -> TokenizerSpec:
+        from .runtime import TokenizerSpec
+
+        data = self.tokenizer
+        if data is None:
+            return TokenizerSpec()
+        return TokenizerSpec(data.eos_token_ids, data.bos_token_id, data.chat_template)
 
 
 def compile(
@@ -110,13 +115,14 @@ def compile(
 
     ``model``: a transformers causal LM, its directory, a .gguf file, or what ``import_model`` returned.
     ``kv_cache``: ``K`` or ``K/V`` in the spelling of ``KVFormat.parse``; ``kv_layers`` overrides layers
-    (``"0,-1=f16"``). ``target``: ``"llvm"`` (this CPU), ``"cuda"`` (this GPU) or any TVM target of these
-    kinds. ``capacity``: tokens per sequence of a session that names none. ``dtype`` of the weights when they
+    (``"0,-1=f16"``) of such a text. ``target``: ``"llvm"`` (this CPU), ``"cuda"`` (this GPU) or any TVM target of these
+    kinds. ``capacity``: tokens per sequence of a session that names none; lowered to the model's positions,
+    and in the report as ``default_capacity``. ``dtype`` of the weights when they
     come from files. ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes.
     ``progress`` is called with the name of each stage. Raises ``UsageError``, ``FormatError``, ``ModelError``
     or ``DeviceError``.
     """
-    config = kv_cache if isinstance(kv_cache, KVCacheConfig) else KVCacheConfig.parse(kv_cache, kv_layers)
+    config = KVCacheConfig.of(kv_cache, kv_layers)
     if capacity < 1:
         raise UsageError(f"the capacity is {capacity} tokens; it must be 1 or more")
     target = resolve_target(target)
@@ -140,17 +146,9 @@ def compile(
     from .passes.quantize_kv_cache import read_cache_info
 
     info = read_cache_info(mod)
-    report = compile_report(info, imported.config, target, stages.seconds, mod)
-    limit = imported.config["max_position"]
-    return CompiledModel(
-        executable,
-        info,
-        weights,
-        report,
-        target,
-        imported.tokenizer,
-        min(capacity, limit) if limit else capacity,
-    )
+    capacity = min(capacity, imported.config["max_position"] or capacity)
+    report = compile_report(info, imported.config, target, stages.seconds, mod) | {"default_capacity": capacity}
+    return CompiledModel(executable, info, weights, report, target, imported.tokenizer, capacity)
 
 
 class _Stages:
@@ -173,12 +171,9 @@ def _with_limit(imported: ImportedModel) -> tvm.IRModule:
     limit = imported.config["max_position"]
     if limit is None:
         return imported.mod
-    return tvm.IRModule(
-        {
-            g: f.with_attr("rotquant.max_position", int(limit)) if g.name_hint == "main" else f
-            for g, f in imported.mod.functions_items()
-        }
-    )
+    mod = imported.mod.clone()
+    mod["main"] = mod["main"].with_attr("rotquant.max_position", int(limit))
+    return mod
 
 
 def _final_weights(mod: tvm.IRModule, weights: list[np.ndarray]) -> tuple[tvm.IRModule, list[np.ndarray]]:

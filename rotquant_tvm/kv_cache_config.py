@@ -30,12 +30,29 @@ class LayerFormats:
 class KVCacheConfig:
     """What ``QuantizeKVCache`` stores: the formats, and ``overrides`` by layer index.
 
-    ``seed`` draws the rotations; layer i's keys and values get their own.
+    ``seed`` (0 or more) draws the rotations; layer i's keys and values get their own. Raises ``UsageError``
+    for another seed.
     """
 
     formats: LayerFormats
     overrides: dict[int, LayerFormats] = field(default_factory=dict)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise UsageError(f"the seed of the rotations is {self.seed!r}; it must be an integer, 0 or more")
+
+    @classmethod
+    def of(cls, kv_cache: str | KVCacheConfig, layers: str | None = None) -> KVCacheConfig:
+        """Return a configuration as it is, or read it from texts as ``parse`` does.
+
+        Raises ``UsageError`` if ``layers`` are given beside a configuration, which has its own.
+        """
+        if not isinstance(kv_cache, KVCacheConfig):
+            return cls.parse(kv_cache, layers)
+        if layers is not None:
+            raise UsageError("kv_layers goes with formats given as text; a KVCacheConfig has its own overrides")
+        return kv_cache
 
     @classmethod
     def parse(cls, text: str, layers: str | None = None, seed: int = 0) -> KVCacheConfig:

@@ -39,15 +39,15 @@ class Elementwise:
 
 def has_empty_extent(func: tirx.PrimFunc) -> bool:
     """Tell whether any loop or tensor has a constant extent of 0, by which TVM's analysis would divide."""
-    extents = [n for buffer in func.buffer_map.values() for n in buffer.shape]
+    extents = [n for param in func.params for n in getattr(param.ty, "shape", ())]  # a scalar has none
 
     def loop(node: tirx.For) -> None:
         extents.append(node.extent)
 
-    def block(node: tirx.SBlock) -> None:
+    def block(node: s_tir.SBlock) -> None:
         extents.extend(n for buffer in node.alloc_buffers for n in buffer.shape)
 
-    tvm_ffi.structural_walk(func.body, [(tirx.For, loop), (tirx.SBlock, block)])
+    tvm_ffi.structural_walk(func.body, [(tirx.For, loop), (s_tir.SBlock, block)])
     return any(isinstance(n, tirx.IntImm) and int(n) == 0 for n in extents)
 
 

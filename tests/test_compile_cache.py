@@ -11,12 +11,13 @@ import pytest
 
 from rotquant_tvm import compile_cache, compiler
 from rotquant_tvm.compile_cache import CompileCache, cache_folder, model_digest
-from rotquant_tvm.errors import FormatError, ModelError, UsageError
+from rotquant_tvm.errors import DeviceError, FormatError, ModelError, UsageError
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.runtime import read_artifact, write_artifact
 
 LAYER = {"kv_heads": 1, "head_dim": 32, "k": "f16", "v": "f16", "tile_bytes": 4096}
 INFO = {"version": 1, "layout_version": 1, "layers": [LAYER], "vocab_size": 8, "max_position": 64}
+ENDS = ("partial", "replaced", "partial")
 INFO |= {"dtype": "float32", "weights": ["weight_0000"]}
 
 
@@ -165,11 +166,39 @@ def test_only_the_newest_entries_stay(tmp_path, model, compiles):
 
 
 def test_leftovers_of_interrupted_compiles_are_removed_in_time(cache, model, compiles):
-    for name, age in ((".old.partial", 3 * 86400), (".running.partial", 60)):
+    old, retired, running = (f".{c * 64}.0123abcd.{end}" for c, end in zip("abc", ENDS, strict=True))
+    for name, age in ((old, 3 * 86400), (retired, 3 * 86400), (running, 60)):
         (cache.folder / name).mkdir(parents=True)
         os.utime(cache.folder / name, (time.time() - age,) * 2)
     kept = cache.artifact(model).path
-    assert set(cache.folder.iterdir()) == {kept, cache.folder / ".running.partial"}
+    assert set(cache.folder.iterdir()) == {kept, cache.folder / running}
+
+
+def test_what_the_cache_did_not_write_is_left_alone(tmp_path, model, compiles):
+    cache = CompileCache(tmp_path / "cache", keep=1)
+    foreign = {cache.folder / name for name in ("notes.txt", ".hidden", ".mine.partial", "A" * 64, "a" * 63, "a" * 65)}
+    folder = cache.folder / "thesis"
+    folder.mkdir(parents=True)
+    (folder / "chapter").write_text("mine")
+    for path in foreign:
+        path.write_text("mine")
+    for path in (*foreign, folder):
+        os.utime(path, (1000, 1000))
+    entries = [cache.artifact(model, capacity=10 + i).path for i in range(3)]
+    assert set(cache.folder.iterdir()) == {*foreign, folder, entries[-1]}
+    assert (folder / "chapter").read_text() == "mine"
+
+
+def test_without_a_compiler_nothing_is_imported(cache, model, compiles, monkeypatch):
+    def absent():
+        raise DeviceError("no C++ compiler")
+
+    found = cache.artifact(model)
+    monkeypatch.setattr(compile_cache, "linker_command", absent)
+    monkeypatch.setattr(compile_cache, "import_model", lambda *_, **__: pytest.fail("imported"))
+    assert cache.artifact(model).path == found.path  # what is there needs no compiler
+    with pytest.raises(DeviceError):
+        CompileCache(cache.folder).artifact(model, "rq4")
 
 
 def test_a_failed_compile_leaves_nothing(cache, model, compiles, monkeypatch):
@@ -185,6 +214,8 @@ def test_a_failed_compile_leaves_nothing(cache, model, compiles, monkeypatch):
 def test_bad_arguments_are_refused_before_anything_is_compiled(cache, model, compiles, tmp_path):
     with pytest.raises(FormatError):
         cache.artifact(model, "iso9")
+    with pytest.raises(UsageError, match="kv_layers"):
+        cache.artifact(model, KVCacheConfig.parse("rq3"), kv_layers="0=f16")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="XDG_CACHE_HOME"):
         CompileCache(tmp_path / "file" / "cache").artifact(model)

@@ -6,6 +6,7 @@ they drift apart; so torch reads the past from the compiled cache, one step at a
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import numpy as np
@@ -15,7 +16,8 @@ import transformers
 from transformers.cache_utils import DynamicCache
 
 import rotquant_tvm
-from rotquant_tvm.errors import FormatError, ModelError, RotQuantError, UsageError
+from rotquant_tvm import compiler, linker
+from rotquant_tvm.errors import DeviceError, FormatError, ModelError, RotQuantError, UsageError
 from rotquant_tvm.formats import TileLayout
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.pass_hooks import PassHooks
@@ -152,6 +154,24 @@ def test_a_saved_model_computes_the_same(tmp_path):
     np.testing.assert_array_equal(loaded.decode([10, 11]), session.decode([10, 11]))
 
 
+def test_saving_without_a_compiler_is_a_device_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(linker.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(DeviceError, match="pip install ziglang"):
+        compiled("rq3").save(tmp_path / "new" / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_limit_is_noted_and_the_modules_attributes_stay():
+    imported = _imported()
+    marked = dataclasses.replace(imported, mod=imported.mod.with_attr("mark", 7))
+    limited = compiler._with_limit(marked)
+    assert limited.attrs["mark"] == 7 and limited["main"].attrs["rotquant.max_position"] == 128
+    assert "rotquant.max_position" not in (imported.mod["main"].attrs or {})
+
+
 def test_sessions_of_one_library_are_independent():
     library = compiled("rq3").library()
     one, two = library.session(), library.session()
@@ -189,6 +209,7 @@ def test_stages_and_passes_are_told():
     ours = ["FindAttention", "QuantizeKVCache", "HoistRotation", "LowerKVOps"]
     assert [name for name in passes if name in ours] == ours
     assert model.default_capacity == SIZES["max_position_embeddings"]  # less than the usual one
+    assert model.report["default_capacity"] == model.default_capacity
 
 
 @pytest.mark.parametrize(
@@ -199,6 +220,7 @@ def test_stages_and_passes_are_told():
         ({"kv_cache": "rq3", "target": "opencl"}, UsageError, "opencl"),
         ({"kv_cache": "rq3", "kv_layers": "2=f16"}, UsageError, "layer override 2: the model has layers 0 to 1"),
         ({"kv_cache": "rq3", "kv_layers": "x=f16"}, UsageError, "cannot read the layer overrides 'x=f16'"),
+        ({"kv_cache": KVCacheConfig.parse("rq3"), "kv_layers": "0=f16"}, UsageError, "kv_layers"),
         ({"hooks": PassHooks(disabled=["QuantizeKVCache"])}, UsageError, "QuantizeKVCache cannot be disabled"),
         ({"hooks": PassHooks(disabled=["HoistRotation"])}, RotQuantError, "packed cache"),
     ],

@@ -84,6 +84,20 @@ def test_the_seed_draws_other_rotations():
     assert first.format == second.format
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, True, "0", None])
+def test_seeds_that_are_refused(seed):
+    with pytest.raises(UsageError, match="seed"):
+        KVCacheConfig.parse("rq3", seed=seed)
+
+
+def test_a_configuration_takes_no_layers_beside_it():
+    config = KVCacheConfig.parse("rq3", "0=f16")
+    assert KVCacheConfig.of(config) is config and KVCacheConfig.of("rq3", "0=f16") == config
+    for layers in ("0=f16", ""):
+        with pytest.raises(UsageError, match="kv_layers"):
+            KVCacheConfig.of(config, layers)
+
+
 def test_a_head_dim_that_a_format_cannot_take():
     with pytest.raises(FormatError, match="turbo3 cannot take head_dim 96"):
         KVCacheConfig.parse("f16/turbo3").codecs(0, 1, 96)

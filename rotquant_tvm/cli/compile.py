@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="llvm (this CPU), cuda (this GPU), a TVM target with options or a tag (default: llvm)",
     )
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the weights and of what is computed with them (default: float32)",
+    )
+    parser.add_argument(
         "-o", "--output", metavar="DIR", help="the artifact's folder (default: MODEL's name with .rq, here)"
     )
     parser.add_argument(
@@ -56,6 +62,7 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     """Compile; every cheap check comes before torch and TVM are loaded."""
     from rotquant_tvm.artifact_folder import check_output
     from rotquant_tvm.kv_cache_config import KVCacheConfig
+    from rotquant_tvm.linker import linker_command
 
     config = KVCacheConfig.parse(kv_cache_text(arguments), arguments.kv_layers)
     configuration = pass_options.pass_config(arguments.pass_config)
@@ -63,6 +70,7 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     check_output(artifact)
     dump_code.check_dumps(artifact, arguments.dump_code)
     model = model_files.check_model(arguments.model, arguments.model_format)
+    linker_command()
     with output.steps(_STEPS, "load TVM") as step:
         step("load TVM")
         watch = pass_options.PassWatch(arguments, output)
@@ -71,6 +79,11 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
         compiled.save(artifact)
         files = dump_code.write_code(artifact, code)
     watch.report_idle()
+    if compiled.default_capacity < arguments.kv_capacity:
+        output.note(
+            f"sessions hold {compiled.default_capacity} tokens per sequence, not {arguments.kv_capacity}: "
+            "there the model's positions end"
+        )
     _show(compiled, artifact, files, watch, output)
 
 
@@ -110,6 +123,7 @@ def _compile(
         config,
         target,
         capacity=arguments.kv_capacity,
+        dtype=arguments.dtype,
         opt_level=arguments.opt_level,
         pass_config=configuration,
         hooks=watch.hooks(),

@@ -80,10 +80,16 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
         else:
             run_prompt.run(arguments, library, output)
     except KVCacheFull as error:
-        raise UsageError(
-            f"the cache holds {error.capacity} tokens per sequence and this run needs {error.needed}; "
-            f"pass --kv-capacity {error.needed} or shorten it"
-        ) from error
+        raise UsageError(_too_long(error)) from error
+
+
+def _too_long(error: KVCacheFull) -> str:
+    if error.max_position is not None:
+        return f"this run needs {error.needed} tokens and the model's positions end at {error.max_position}; shorten it"
+    return (
+        f"the cache holds {error.capacity} tokens per sequence and this run needs {error.needed}; "
+        f"pass --kv-capacity {error.needed} or shorten it"
+    )
 
 
 def _check_options(arguments: argparse.Namespace) -> None:

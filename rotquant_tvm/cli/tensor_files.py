@@ -9,7 +9,6 @@ import numpy as np
 
 from rotquant_tvm.errors import ModelError
 
-FILL_MODES = ("random", "zeros", "ones")
 FILLED_TOKENS = 32
 NAMES = ("ids", "new_lengths")
 

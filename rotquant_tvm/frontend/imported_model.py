@@ -15,8 +15,8 @@ class TokenizerData:
     """A tokenizer as plain data, enough to run it without transformers.
 
     Attributes: ``json`` (the text of a ``tokenizer.json``, as ``tokenizers.Tokenizer.from_str`` reads it),
-    ``eos_token_ids`` (every id that ends a generation, ascending), ``bos_token_id`` (or None) and
-    ``chat_template`` (Jinja text, or None).
+    ``eos_token_ids`` (every id that ends a generation: the tokenizer's own EOS first, then the others,
+    ascending), ``bos_token_id`` (or None) and ``chat_template`` (Jinja text, or None).
     """
 
     json: str

@@ -33,7 +33,8 @@ def tokenizer_data(tokenizer: Any, model: Any) -> TokenizerData:
         raise ModelError(
             f"{type(tokenizer).__name__} has no tokenizer.json form; save a fast tokenizer beside it"
         )
-    ends = {tokenizer.eos_token_id, _chat_end_id(tokenizer)}
+    own = tokenizer.eos_token_id
+    ends = {own, _chat_end_id(tokenizer)}
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         eos = getattr(config, "eos_token_id", None)
         ends.update(eos if isinstance(eos, (list, tuple)) else [eos])
@@ -42,7 +43,7 @@ def tokenizer_data(tokenizer: Any, model: Any) -> TokenizerData:
         template = template.get("default")
     return TokenizerData(
         json=backend.to_str(),
-        eos_token_ids=tuple(sorted(int(end) for end in ends if end is not None)),
+        eos_token_ids=tuple(sorted((int(end) for end in ends if end is not None), key=lambda end: (end != own, end))),
         bos_token_id=tokenizer.bos_token_id,
         chat_template=template or None,
     )

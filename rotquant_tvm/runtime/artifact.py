@@ -11,8 +11,8 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ def write_artifact(
         raise UsageError(f"weights and kv_cache_info['weights'] disagree about {', '.join(odd[:3])}")
     check_output(final)
     partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
+    missing = [folder for folder in final.parents if not folder.exists()]
     try:
         partial.mkdir(parents=True)
         _write_library(partial / LIBRARY_FILE, library)
@@ -123,6 +124,7 @@ def write_artifact(
         raise UsageError(f"cannot write {final}: {error.strerror or error}; choose another output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(missing)
     return Artifact(final, manifest)
 
 
@@ -173,6 +175,13 @@ def _write_library(path: Path, library: bytes | Callable[[str], object]) -> None
         path.write_bytes(library)
     else:
         library(str(path))
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, up to one that holds something or is gone."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _move_into_place(partial: Path, final: Path) -> None:

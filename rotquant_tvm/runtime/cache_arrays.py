@@ -15,7 +15,7 @@ from rotquant_tvm.runtime.device import device_errors
 class CacheArrays:
     """The tensors that ``create_kv_cache`` made, which prefill and decode update in place.
 
-    ``layers``: uint8 [batch, kv_heads, tiles, tile_bytes] each, on ``device``. The lengths live twice: int32
+    ``layers``: uint32 [batch, kv_heads, tiles, tile_bytes / 4] each, on ``device``. The lengths live twice: int32
     [batch] on the device, which the library reads and advances, and here on the host, where capacity is
     checked. Every method leaves the two equal.
     """

@@ -74,9 +74,8 @@ class Session:
 
         ``ids``: integers [batch, s], or one list per sequence of any lengths, 0 included (a flat list if
         batch is 1). Returns float32 [batch, vocab]; the row of a sequence without new tokens is NaN. Raises
-        UsageError for ids outside the vocabulary, a wrong number of rows, no token at all or positions beyond
-        the model's, KVCacheFull if the tokens do not fit, DeviceError if the device fails. After any error
-        the cache is as it was before.
+        UsageError for ids outside the vocabulary, a wrong number of rows or no token at all, KVCacheFull if
+        the tokens do not fit, DeviceError if the device fails. After any error the cache is as it was before.
         """
         rows = token_rows(ids, self.batch, self.info.vocab_size)
         new_lengths = np.array([len(row) for row in rows])
@@ -169,15 +168,10 @@ class Session:
         return GenerationStream(self, rows, config, reset, single)
 
     def check_room(self, lengths: np.ndarray) -> None:
-        """Raise UsageError or KVCacheFull unless sequences of these lengths, int [n], fit."""
+        """Raise KVCacheFull unless sequences of these lengths, int [n], fit."""
         needed = int(np.max(lengths))
-        if needed > self.info.max_position:
-            raise UsageError(
-                f"this call needs {needed} tokens in a sequence and the model's positions end at "
-                f"{self.info.max_position}; shorten the input, lower max_tokens or crop() first"
-            )
-        if needed > self.capacity:
-            raise KVCacheFull(self.capacity, needed)
+        if needed > self.capacity:  # which is at most the model's positions
+            raise KVCacheFull(self.capacity, needed, self.info.max_position)
 
     def reset(self, batch: int | None = None) -> None:
         """Forget all tokens; with ``batch``, go on with that number of sequences.

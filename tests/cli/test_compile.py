@@ -69,7 +69,7 @@ def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
     ended = tvmc(
         "compile",
         model,
-        *("--kv-cache", "f16", "--disabled-pass", "ScheduleForLLVM", "-o", tmp_path / "a.rq"),
+        *("--kv-cache", "f16", "--dtype", "float16", "--disabled-pass", "ScheduleForLLVM", "-o", tmp_path / "a.rq"),
         *("--print-ir-before", "FindAttention", "--print-ir-after", "tirx.LowerWarpMemory"),
     )
     assert ended.status == 0, ended.err
@@ -77,7 +77,10 @@ def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
     assert re.search(r"^0–1 +f16 +f16 +1×32 +16 +16 +256 +256 +1×$", ended.out, re.M)
     assert "KV cache f16: 2 layers, 16 bits per element" in ended.out
     assert "pass tirx.LowerWarpMemory did not run" in ended.err
-    assert read_artifact(tmp_path / "a.rq").manifest.report["layers_rewritten"] == 2
+    assert "sessions hold 256 tokens per sequence, not 4096" in ended.err
+    manifest = read_artifact(tmp_path / "a.rq").manifest
+    assert manifest.report["layers_rewritten"] == 2 and manifest.info.dtype == "float16"
+    assert manifest.report["default_capacity"] == manifest.default_capacity == 256
 
 
 @pytest.mark.slow
@@ -113,6 +116,17 @@ def test_cuda_code_of_a_gpu_that_is_not_here(model, tmp_path, tvmc):
 def test_bad_options_are_refused_before_the_model_is_looked_at(tvmc, tmp_path, options, fragment):
     assert fragment in refused(tvmc, 2, tmp_path / "no-such-model", *options)
     assert os.listdir(tmp_path) == []
+
+
+def test_without_a_compiler_nothing_is_compiled(tvmc, model, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("rotquant_tvm.linker.importlib.util.find_spec", lambda _name: None)
+    ended = tvmc("compile", model, "-o", tmp_path / "a.rq")
+    assert ended.status == 3 and "ziglang" in ended.error and "load TVM" not in ended.err
+    assert os.listdir(tmp_path) == ["bin"]
 
 
 @pytest.mark.parametrize(

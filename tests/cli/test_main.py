@@ -27,7 +27,7 @@ def test_help_names_every_command(tvmc):
     [
         ("compile", "--kv-cache -ctk -ctv --kv-layers --kv-capacity --target -o --output --model-format"),
         ("compile", "--dump-code --pass-config --disabled-pass --print-ir-before --print-ir-after"),
-        ("compile", "--print-pass-times -O --json -v"),
+        ("compile", "--dtype --print-pass-times -O --json -v"),
         ("run", "--device --prompt --max-tokens --temperature --top-p --seed --stop --chat --inputs"),
         ("run", "--outputs --fill-mode --print-time --profile --repeat --number --json -v"),
         ("formats", "--json -v"),
@@ -53,6 +53,7 @@ def test_version(tvmc):
         ("compile", "m", "--kv-sinks", "4"),
         ("compile", "m", "--kv-cach", "rq3"),
         ("compile", "m", "-O", "9"),
+        ("compile", "m", "--dtype", "int8"),
         ("compile", "m", "--model-format", "onnx"),
         ("compile", "m", "--dump-code", "wasm"),
         ("compile", "m", "--kv-capacity", "0"),

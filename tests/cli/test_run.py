@@ -108,7 +108,7 @@ def test_a_generation_can_be_measured_and_written(tvmc, artifact, tmp_path):
         (["--device", "cuda"], "compiled for llvm"),
         (["--kv-capacity", "9999"], "256"),
         (["--prompt", "a" * 100, "--kv-capacity", "64"], "--kv-capacity"),
-        (["--prompt", "a", "--max-tokens", "300", "--kv-capacity", "256"], "256"),
+        (["--prompt", "a", "--max-tokens", "300", "--kv-capacity", "256"], "positions end at 256"),
     ],
 )
 def test_bad_options_are_usage_errors(tvmc, artifact, tmp_path, monkeypatch, options, fragment):

@@ -55,9 +55,12 @@ def off_boundary(codec: Codec, x: np.ndarray, mine: EncodedKV, theirs: EncodedKV
 
     Distances are relative to the vector's largest element, in the rotated basis.
     """
+    gains = 0.0
+    if codec.format.codebook == "linear":
+        gains, mine = with_their_gain(x, mine, theirs)
     different = mine.codes != theirs.codes
     if not different.any():
-        return 0, 0.0
+        return 0, gains
     y = codec.rotate(x.astype(np.float64))
     if codec.codebook is not None:
         norm = np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True)
@@ -66,7 +69,18 @@ def off_boundary(codec: Codec, x: np.ndarray, mine: EncodedKV, theirs: EncodedKV
         a, b = codec.decode_rotated(mine), codec.decode_rotated(theirs)
         distance = np.abs(np.abs(y - a) - np.abs(y - b)) / 2
     largest = np.abs(y).max(-1, keepdims=True)
-    return int(different.sum()), float((distance / largest)[different].max())
+    return int(different.sum()), max(gains, float((distance / largest)[different].max()))
+
+
+def with_their_gain(x: np.ndarray, mine: EncodedKV, theirs: EncodedKV) -> tuple[float, EncodedKV]:
+    """q8_0's gain is rounded before its codes: (how far such a rounding was from its boundary, codes by their gain)."""
+    blocks = np.abs(x.astype(np.float64)).reshape(*x.shape[:-1], -1, 32).max(-1) / 127
+    middle = (mine.gain.astype(np.float64) + theirs.gain.astype(np.float64)) / 2
+    different = mine.gain != theirs.gain
+    furthest = float((np.abs(blocks - middle) / blocks)[different].max(initial=0))
+    scale = np.repeat(theirs.gain.astype(np.float32), 32, axis=-1)
+    codes = np.clip(np.rint(x / scale), -127, 127).astype(np.int8).view(np.uint8)
+    return furthest, EncodedKV(codes, theirs.gain)
 
 
 def teacher_forced(model, ids: np.ndarray, session, kv_cache: str) -> tuple[np.ndarray, list[tuple[int, float]]]:

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rotquant_tvm.errors import ModelError
 from rotquant_tvm.frontend import import_model
+from rotquant_tvm.runtime import TokenizerSpec
+from rotquant_tvm.runtime.tokenizer import TextTokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }} {{ message['content'] }}<|end|>"
@@ -49,6 +51,19 @@ def test_directory_with_tokenizer(tiny, tmp_path):
     assert data.bos_token_id == 1
     assert data.chat_template == TEMPLATE
     assert Tokenizer.from_str(data.json).encode("<|start|> user hello <|end|>").ids == [3, 5, 7, 4]
+
+
+def test_the_tokenizers_own_eos_comes_first(tiny, tmp_path):
+    model = tiny("Llama")
+    model.generation_config.eos_token_id = [7, 0]
+    model.save_pretrained(tmp_path)
+    tokenizer = _tokenizer(chat_template=TEMPLATE)
+    tokenizer.eos_token = "<|end|>"
+    tokenizer.save_pretrained(tmp_path)
+    data = import_model(tmp_path).tokenizer
+    assert data.eos_token_ids == (4, 0, 2, 7)
+    spec = TokenizerSpec(data.eos_token_ids, data.bos_token_id, "{{ eos_token }}hello")
+    assert TextTokenizer(data.json, spec).encode_chat([{"role": "user", "content": ""}]) == [4, 7]
 
 
 def test_chat_template_that_refuses_leaves_the_other_ids(tiny, tmp_path):

@@ -252,3 +252,90 @@ def test_another_tile():
     x = RNG.standard_normal((3, 16)).astype("float32")
     a = x.astype("float64") @ w.T
     np.testing.assert_allclose(run(machine(after), x, packed)[0], (a + x) @ w.T + a, rtol=1e-5, atol=1e-5)
+
+
+def two_layers(bb, x, a, b, *_):
+    return bb.emit(R.matmul(x, a)), bb.emit(R.matmul(x, b))
+
+
+def biased(bb, x, a, b, _, p, q):
+    left = bb.emit(R.add(bb.emit(R.matmul(x, a)), p))
+    return R.add(left, bb.emit(R.add(bb.emit(R.matmul(x, b)), q)))
+
+
+def biased_second(bb, x, a, b, _, p, q):
+    left, right = two_layers(bb, x, a, b)
+    return R.add(left, bb.emit(R.add(right, q)))
+
+
+def chain(bb, x, a, b, c, *_):
+    left, right = two_layers(bb, x, a, b)
+    total = bb.emit(R.add(left, right))
+    return R.add(total, bb.emit(R.matmul(x, c)))
+
+
+def chain_from_the_right(bb, x, a, b, c, *_):
+    third = bb.emit(R.matmul(x, c))
+    return R.add(third, bb.emit(R.add(*two_layers(bb, x, a, b))))
+
+
+def later_residual(bb, x, a, b, c, *_):
+    first = bb.emit(R.matmul(x, a))
+    hidden = bb.emit(R.tanh(bb.emit(R.matmul(x, b))))
+    return R.add(first, bb.emit(R.matmul(hidden, c)))
+
+
+def first_is_no_site(bb, x, a, b, *_):
+    left, right = two_layers(bb, x, a, b)
+    return R.add(bb.emit(R.add(left, right)), bb.emit(R.matmul(x, bb.emit(R.tanh(a)))))
+
+
+# how the layers meet, what they compute, the operators left beside the packed calls
+PARALLEL = {
+    "two": (lambda bb, *v: R.add(*two_layers(bb, *v)), lambda x, a, b, c, p, q: x @ a + x @ b, set()),
+    "reversed": (lambda bb, *v: R.add(*two_layers(bb, *v)[::-1]), lambda x, a, b, c, p, q: x @ b + x @ a, set()),
+    "biased": (biased, lambda x, a, b, c, p, q: x @ a + p + x @ b + q, set()),
+    "biased-second": (biased_second, lambda x, a, b, c, p, q: x @ a + x @ b + q, set()),
+    "chain": (chain, lambda x, a, b, c, p, q: x @ a + x @ b + x @ c, set()),
+    "chain-right": (chain_from_the_right, lambda x, a, b, c, p, q: x @ c + (x @ a + x @ b), set()),
+    "later": (later_residual, lambda x, a, b, c, p, q: x @ a + np.tanh(x @ b) @ c, {"relax.tanh"}),
+    "no-site": (
+        first_is_no_site,
+        lambda x, a, b, c, p, q: x @ a + x @ b + x @ np.tanh(a),
+        {"relax.tanh", "relax.matmul", "relax.add"},
+    ),
+}
+
+
+def parallel(build) -> tvm.IRModule:
+    """``build`` over x, the square weights a, b and c, and the biases p and q."""
+    shapes = {"x": (tvm.tirx.Var("n", "int64"), 16)} | dict.fromkeys("abc", (16, 16)) | dict.fromkeys("pq", (16,))
+    params = [relax.Var(name, relax.TensorType(shape, "float32")) for name, shape in shapes.items()]
+    bb = relax.BlockBuilder()
+    with bb.function("main", params, attrs={"num_input": 1}):
+        with bb.dataflow():
+            out = bb.emit_output(build(bb, *params))
+        bb.emit_func_output(out)
+    return bb.get()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("case", PARALLEL)
+def test_layers_that_are_added_take_the_sum_once(case, merge):
+    build, reference, left = PARALLEL[case]
+    mod = parallel(build)
+    after = PackLinearWeights(LLVM, merge=merge)(mod)
+    assert operators(after) == {"relax.call_tir"} | left
+    weights = weights_of(mod["main"])
+    vm, packed = machine(after), list(make_weights(after["main"], weights))
+    for rows in (1, 5):
+        x = RNG.standard_normal((rows, 16)).astype("float32")
+        exact = reference(x.astype("float64"), *[w.astype("float64") for w in weights])
+        np.testing.assert_allclose(run(vm, x, *packed)[0], exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_malformed_module_is_refused():
+    x, lost = (relax.Var(name, relax.TensorType((4, 4), "float32")) for name in ("x", "lost"))
+    mod = tvm.IRModule({"main": relax.Function([x], R.add(x, lost), relax.TensorType((4, 4), "float32"))})
+    with pytest.raises(Exception, match="lost"):
+        PackLinearWeights(LLVM)(mod)

@@ -248,7 +248,7 @@ class CountsThePast(TinyModel):
     [
         (ReadsThePast, "the model's logits read a past key or value outside attention"),
         (KeysFromThePast, r"attention 0 \(\w+\): its new tokens read the past"),
-        (CountsThePast, "the model uses the length of the past outside attention"),
+        (CountsThePast, "the model uses the past.s length outside attention"),
     ],
 )
 def test_a_past_that_is_used_otherwise_is_refused(model, message):

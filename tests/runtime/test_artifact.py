@@ -192,7 +192,7 @@ def failing_library(path):
 
 def test_a_failing_compile_leaves_no_trace(artifact, write, tmp_path):
     before = {name: (artifact / name).read_bytes() for name in os.listdir(artifact)}
-    for path in (artifact, tmp_path / "new.rq"):
+    for path in (artifact, tmp_path / "new.rq", tmp_path / "new" / "folders" / "new.rq"):
         with pytest.raises(RuntimeError, match="linker died"):
             write(path, library=failing_library)
     assert os.listdir(tmp_path) == [artifact.name]

@@ -94,7 +94,8 @@ def test_full_cache_refuses_and_stays_usable(library, fake_model):
     session.prefill([[1] * 39, [2] * 10])
     with pytest.raises(KVCacheFull) as full:
         session.prefill([[3, 3], [4]])
-    assert (full.value.capacity, full.value.needed) == (40, 41)
+    assert (full.value.capacity, full.value.needed, full.value.max_position) == (40, 41, None)
+    assert "capacity=41" in str(full.value)
     expected = fake_model.reference_logits([1] * 39 + [5])
     np.testing.assert_array_equal(session.decode([5, 6])[0], expected)
     with pytest.raises(KVCacheFull):
@@ -109,10 +110,13 @@ def test_positions_end_where_the_model_ends(library, fake_model):
     with pytest.raises(UsageError, match="positions end at 4096"):
         library.session(capacity=fake_model.MAX_POSITION + 1)
     session = library.session(capacity=fake_model.MAX_POSITION)
-    with pytest.raises(UsageError, match=r"needs 4097 tokens.*end at 4096") as refused:
-        session.prefill([1] * 4097)
-    assert not isinstance(refused.value, KVCacheFull)  # more capacity would not help
-    assert session.lengths.tolist() == [0]
+    for smaller in (session, library.session(capacity=32)):
+        with pytest.raises(KVCacheFull, match=r"needs 4097; the model's positions end at 4096") as refused:
+            smaller.prefill([1] * 4097)
+        full = refused.value
+        assert (full.capacity, full.needed, full.max_position) == (smaller.capacity, 4097, 4096)
+        assert "capacity=" not in str(full) and full.exit_status == 2  # more capacity would not help
+        assert smaller.lengths.tolist() == [0]
 
 
 @pytest.mark.parametrize("name", ["batch", "capacity", "chunk"])
