@@ -222,7 +222,7 @@ def test_stages_and_passes_are_told():
         ({"kv_cache": "rq3", "kv_layers": "x=f16"}, UsageError, "cannot read the layer overrides 'x=f16'"),
         ({"kv_cache": KVCacheConfig.parse("rq3"), "kv_layers": "0=f16"}, UsageError, "kv_layers"),
         ({"hooks": PassHooks(disabled=["QuantizeKVCache"])}, UsageError, "QuantizeKVCache cannot be disabled"),
-        ({"hooks": PassHooks(disabled=["HoistRotation"])}, RotQuantError, "packed cache"),
+        ({"hooks": PassHooks(disabled=["HoistRotation"])}, RotQuantError, "LowerKVOps needs HoistRotation"),
     ],
 )
 def test_refusals(arguments, error, message):

@@ -18,16 +18,13 @@ import sys
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.script import ir as I, relax as R
 from rotquant_tvm.linker import export_library, linker_command
 
-@I.ir_module
-class Module:
-    @R.function
-    def main(x: R.Tensor((4,), "float32")) -> R.Tensor((4,), "float32"):
-        return R.exp(x)
-
-export_library(tvm.compile(Module, "llvm"), sys.argv[1])
+builder = relax.BlockBuilder()
+x = relax.Var("x", relax.TensorType((4,), "float32"))
+with builder.function("main", [x]):
+    builder.emit_func_output(builder.emit(relax.op.exp(x)))
+export_library(tvm.compile(builder.get(), "llvm"), sys.argv[1])
 machine = relax.VirtualMachine(tvm.runtime.load_module(sys.argv[1]), tvm.cpu())
 x = np.arange(4, dtype="float32")
 np.testing.assert_allclose(machine["main"](tvm.runtime.tensor(x)).numpy(), np.exp(x), rtol=1e-5)
