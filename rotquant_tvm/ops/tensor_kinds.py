@@ -6,6 +6,7 @@ A kind hands tensors to kernels without copying where it can; kernels take any o
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class TensorKind:
+class TensorKind(ABC):
     """One kind of tensor on one device."""
 
     device: tvm.runtime.Device
@@ -31,21 +32,21 @@ class TensorKind:
         """Return the dtype's name."""
         return str(x.dtype)
 
+    @abstractmethod
     def floats(self, x: Any) -> Any:
         """Return ``x`` as float32 or float16."""
-        raise NotImplementedError
 
+    @abstractmethod
     def argument(self, x: Any, shape: Shape) -> Any:
         """Return ``x`` as a kernel reads it, compact and of another shape; the same memory if it can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def empty(self, shape: Shape, dtype: str) -> Any:
         """Return an output for a kernel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self, output: Any, shape: Shape) -> Any:
         """Return what ``empty`` made as the caller gets it."""
-        raise NotImplementedError
 
 
 class _NumpyKind(TensorKind):

@@ -11,7 +11,7 @@ from rotquant_tvm.passes.quantize_kv_cache import QuantizeKVCache
 from tvm import relax, tirx
 from tvm_ffi import structural_walk
 
-from rotquant_tvm.errors import RotQuantError
+from rotquant_tvm.errors import UsageError
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.ops.site_shape import SiteShape
 
@@ -97,7 +97,7 @@ def test_lowering_twice_is_lowering_once():
 
 def test_a_cache_that_is_still_unrotated_is_refused():
     quantized = stages(TinyModel(layers=1), KVCacheConfig.parse("rq3"))["quantize"]
-    with pytest.raises(RotQuantError, match="do not come straight from its packed cache"):
+    with pytest.raises(UsageError, match="do not come straight from its packed cache"):
         LowerKVOps()(quantized)
     unrotated = stages(TinyModel(layers=1), KVCacheConfig.parse("f16"))["quantize"]
     assert operators(LowerKVOps()(unrotated), "decode") == ["advance", "append", "attention_decode"]

@@ -1,4 +1,4 @@
-"""QuantizeKVCache: the functions it makes, their numbers, its simulation and its refusals."""
+"""QuantizeKVCache: the functions it makes, their numbers and its refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from rotquant_tvm.formats import parse_pair
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 
 from .cached_step import CASES, CachedStep, check_numbers, compiled, expected_logits, operators, stages, stored
-from .numpy_attention import run_main
 from .test_find_attention import NEAR_MISSES
 from .tiny_model import POSITIONS, VOCAB, TinyModel
 
@@ -166,42 +165,6 @@ def test_the_description_can_be_replaced():
     mod = stages(PLAIN, PLAIN_CONFIG)["quantize"]
     info = read_cache_info(mod) | {"weights": ["one"]}
     assert read_cache_info(with_cache_info(mod, info)) == info and read_cache_info(mod)["weights"] != ["one"]
-
-
-@pytest.mark.parametrize("pair", ["rq3", "iso2/f16", "q8_0"])
-def test_simulation_is_numpys_round_trip(pair):
-    """K and V of every token are quantized, in prefill too; the signature stays."""
-    model, config = TinyModel(), KVCacheConfig.parse(pair)
-    mod = QuantizeKVCache(config, simulate=True)(model.module())
-    assert [p.name for p in mod["main"].params] == [p.name for p in model.module()["main"].params]
-    assert operators(mod, "main").count("roundtrip") == 4
-    ids = np.random.default_rng(1).integers(0, VOCAB, (2, 12))
-
-    def held(layer, new):
-        codecs = config.codecs(layer, model.layers, model.head_dim)
-        return [codec.decode(codec.encode(x)) for codec, x in zip(codecs, new, strict=True)]
-
-    expected = [model.forward(row, model.empty_past(), held)[0] for row in ids]
-    np.testing.assert_allclose(run_main(model, mod, ids), expected, atol=1e-4)
-    plain = [model.forward(row, model.empty_past())[0] for row in ids]
-    assert np.abs(np.array(plain) - expected).max() > 1e-3
-
-
-def test_simulation_works_without_a_cache():
-    class NoCache(TinyModel):
-        def join(self, bb, past, new):
-            return new
-
-    model, config = NoCache(layers=1), KVCacheConfig.parse("planar2")
-    mod = QuantizeKVCache(config, simulate=True)(model.module())
-    codecs = config.codecs(0, 1, model.head_dim)
-    ids = np.random.default_rng(2).integers(0, VOCAB, (1, 9))
-
-    def held(_, new):
-        return [codec.decode(codec.encode(x)) for codec, x in zip(codecs, new, strict=True)]
-
-    expected = model.forward(ids[0], model.empty_past(), held)[0]
-    np.testing.assert_allclose(run_main(model, mod, ids)[0], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", NEAR_MISSES, ids=lambda model: model.__name__)
