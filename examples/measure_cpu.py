@@ -1,6 +1,6 @@
 """Measure SmolLM2 on this CPU: decode and prefill against torch, and decode time over context length by cache format.
 
-    python examples/measure_cpu.py model.gguf [--formats f16,rq3] [--contexts 256,1024,4096,8192]
+    python examples/measure_cpu.py model.gguf [--formats f16,rq3] [--contexts 256,1024,4096,8192] [--no-torch]
 
 All figures are medians of one run on all cores; contenders take turns, so that a slow minute of the machine hits all.
 """
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--formats", default="f16,rq3")
     parser.add_argument("--contexts", default="256,1024,4096,8192")
+    parser.add_argument("--no-torch", action="store_true", help="leave the comparison with torch out")
     parser.add_argument("--torch-ids", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.torch_ids:
@@ -78,7 +79,8 @@ def main() -> None:
     for name in formats:
         with console.status(f"compiling with {name}"):
             sessions[name] = rotquant_tvm.compile(imported, name).session(capacity=max(contexts))
-    console.print(against_torch(arguments.model, sessions, vocabulary, rng))
+    if not arguments.no_torch:
+        console.print(against_torch(arguments.model, sessions, vocabulary, rng))
     table = Table("context", *(f"{name}, ms" for name in formats), *(f"{n} / {formats[0]}" for n in formats[1:]))
     for context in contexts:
         with console.status(f"context {context}"):
