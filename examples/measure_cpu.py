@@ -78,7 +78,7 @@ def main() -> None:
     sessions = {}
     for name in formats:
         with console.status(f"compiling with {name}"):
-            sessions[name] = rotquant_tvm.compile(imported, name).session(capacity=max(contexts))
+            sessions[name] = rotquant_tvm.compile(imported, name).session(capacity=max(*contexts, PREFILL))
     if not arguments.no_torch:
         console.print(against_torch(arguments.model, sessions, vocabulary, rng))
     table = Table("context", *(f"{name}, ms" for name in formats), *(f"{n} / {formats[0]}" for n in formats[1:]))
