@@ -6,12 +6,14 @@ the stored ones with the query rotated once and the output un-rotated once.
 
 from __future__ import annotations
 
+import numpy as np
 import tvm
 from tvm import relax
-from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.relax.expr_functor import mutator
 
 from rotquant_tvm.formats import Rotation
 
+from .function_rewriter import FunctionRewriter
 from .kv_kernels import KernelLibrary, kernel_of, rotation_constant, site_shape
 
 
@@ -25,19 +27,10 @@ class HoistRotation:
 
 
 @mutator
-class _Hoist(PyExprMutator):
+class _Hoist(FunctionRewriter):
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
-        self.mod = mod
         self.kernels = KernelLibrary(self.builder_)
-
-    def transform(self) -> tvm.IRModule:
-        for gvar, func in self.mod.functions_items():
-            if isinstance(func, relax.Function):
-                self.builder_.update_func(gvar, self.visit_expr(func))
-        result = relax.transform.DeadCodeElimination()(self.builder_.get())
-        relax.analysis.well_formed(result)
-        return result
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
@@ -53,11 +46,11 @@ class _Hoist(PyExprMutator):
             operands[0] = self._rotate(operands[0], key[1])
             operands[1] = key[0]
             if shape.chunk:
-                operands[3] = self._rotate(operands[3], key[1])
+                operands[3] = self._rotated(operands[3], key[1])
         if value is not None:
             operands[2] = value[0]
             if shape.chunk:
-                operands[4] = self._rotate(operands[4], value[1])
+                operands[4] = self._rotated(operands[4], value[1])
         output = relax.call_tir(call.args[0], operands, call.ty_args[0])
         if value is None:
             return output
@@ -73,6 +66,13 @@ class _Hoist(PyExprMutator):
             return None
         stored, coefficients = value.args[1].fields
         return stored, Rotation.from_data(head_dim, structure, coefficients.value.numpy()).inverse()
+
+    def _rotated(self, x: relax.Expr, rotation: Rotation) -> relax.Expr:
+        """R x; where x is Rᵀ y, this is y."""
+        inner = self._unrotated(x, rotation.inverse().structure, rotation.head_dim)
+        if inner is not None and np.array_equal(inner[1].data, rotation.data):
+            return inner[0]
+        return self._rotate(x, rotation)
 
     def _rotate(self, x: relax.Expr, rotation: Rotation, emit: bool = True) -> relax.Expr:
         kernel = self.kernels.rotate(rotation.structure, rotation.head_dim, str(x.ty.dtype))

@@ -10,8 +10,11 @@ import tvm
 from tvm import relax
 
 from rotquant_tvm import ops
-from rotquant_tvm.formats import Codec, Rotation
+from rotquant_tvm.cache_policy import CachePolicy
+from rotquant_tvm.formats import Codec, Rotation, TileLayout
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
+
+from .find_attention import AttentionSite
 
 
 class KernelLibrary:
@@ -43,14 +46,46 @@ class KernelLibrary:
 
     def roundtrip(self, codec: Codec, dtype: str) -> tvm.ir.GlobalVar:
         """``ops.roundtrip``."""
-        return self._add(
-            ("roundtrip", codec.format, codec.head_dim, dtype), lambda: ops.roundtrip(codec, dtype, self.axes)
-        )
+        key = ("roundtrip", codec.format, codec.rotation.structure, codec.head_dim, dtype)
+        return self._add(key, lambda: ops.roundtrip(codec, dtype, self.axes))
 
     def append(self, shape: SiteShape) -> tvm.ir.GlobalVar:
         """``ops.append``."""
         key = ("append", shape.k, shape.v, shape.kv_heads, shape.head_dim, shape.dtype)
         return self._add(key, lambda: ops.append(*shape.codecs(), shape.kv_heads, shape.dtype, self.axes))
+
+    def plan_flush(self, policy: CachePolicy, chunk: bool) -> tvm.ir.GlobalVar:
+        """``ops.plan_flush``."""
+        return self._add(("plan_flush", policy, chunk), lambda: ops.plan_flush(policy, self.axes, chunk=chunk))
+
+    def flush(self, shape: SiteShape, ordered: bool) -> tvm.ir.GlobalVar:
+        """``ops.flush``; ``ordered``: it takes an attention's output, so as to come after it."""
+        common = (shape.kv_heads, shape.dtype, shape.cache_policy, self.axes)
+        after = shape.heads if ordered else 0
+        key = ("flush", shape.k, shape.v, shape.head_dim, after, *common)
+        return self._add(key, lambda: ops.flush(*shape.codecs(), *common, after=after))
+
+    def append_plain(self, shape: SiteShape) -> tvm.ir.GlobalVar:
+        """``ops.append_plain``."""
+        k, v = shape.codecs()
+        words = TileLayout(k.format, v.format, shape.head_dim).tile_bytes // 4
+        common = (shape.kv_heads, shape.head_dim, words, shape.dtype, shape.cache_policy, self.axes)
+        return self._add(("append_plain", *common), lambda: ops.append_plain(*common))
+
+    def join(self, columns: int, dtype: str, others: tuple[tuple[int, str], ...]) -> tvm.ir.GlobalVar:
+        """``ops.join``."""
+        return self._add(("join", columns, dtype, others), lambda: ops.join(columns, dtype, others, self.axes))
+
+    def split_centre(self, site: AttentionSite, dtype: str, sinks: int, center: int) -> tvm.ir.GlobalVar:
+        """``ops.split_centre``."""
+        common = (site.kv_heads, site.head_dim, dtype, sinks, center, self.axes)
+        return self._add(("split_centre", *common), lambda: ops.split_centre(*common))
+
+    def dequantize_segments(self, shape: SiteShape) -> tvm.ir.GlobalVar:
+        """``ops.dequantize_segments``."""
+        common = (shape.kv_heads, shape.cache_policy, self.axes)
+        key = ("dequantize_segments", shape.k, shape.v, shape.head_dim, *common)
+        return self._add(key, lambda: ops.dequantize_segments(*shape.codecs(), *common))
 
     def dequantize_cache(self, shape: SiteShape) -> tvm.ir.GlobalVar:
         """``ops.dequantize_cache``."""
@@ -74,14 +109,15 @@ class KernelLibrary:
     def attention_packed(self, shape: SiteShape, splits: int) -> tvm.ir.GlobalVar:
         """``ops.attention_prefill`` for a chunk, else ``ops.attention_decode`` in ``splits``; it carries its shape."""
         common = (*shape.codecs(), shape.heads, shape.kv_heads, shape.scale, shape.dtype, self.axes)
+        options = {"window": shape.window, "policy": shape.cache_policy}
         if shape.chunk:
             return self._add(
-                ("attention_prefill", shape), lambda: ops.attention_prefill(*common, window=shape.window), shape
+                ("attention_prefill", shape), lambda: ops.attention_prefill(*common, **options), shape
             )
         shape = replace(shape, splits=splits)
         return self._add(
             ("attention_decode", shape),
-            lambda: ops.attention_decode(*common, splits=splits, window=shape.window),
+            lambda: ops.attention_decode(*common, splits=splits, **options),
             shape,
         )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tvm
 from tvm import relax
-from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.relax.expr_functor import mutator
 
 from rotquant_tvm.errors import UsageError
 
+from .function_rewriter import FunctionRewriter
 from .kv_kernels import KernelLibrary, kernel_of, site_shape
 
 # Work items that keep two to four cores evenly busy, and half of a large GPU.
@@ -27,19 +28,10 @@ class LowerKVOps:
 
 
 @mutator
-class _Lower(PyExprMutator):
+class _Lower(FunctionRewriter):
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
-        self.mod = mod
         self.kernels = KernelLibrary(self.builder_)
-
-    def transform(self) -> tvm.IRModule:
-        for gvar, func in self.mod.functions_items():
-            if isinstance(func, relax.Function):
-                self.builder_.update_func(gvar, self.visit_expr(func))
-        result = relax.transform.DeadCodeElimination()(self.builder_.get())
-        relax.analysis.well_formed(result)
-        return result
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
@@ -48,8 +40,8 @@ class _Lower(PyExprMutator):
             return call
         shape = site_shape(kernel[1])
         operands = list(call.args[1])
-        cache = self._packed(operands[1])
-        if cache is None or not cache.same_as(self._packed(operands[2])):
+        stored = self._stored(operands[1])
+        if stored is None or not stored[0].same_as(self._stored(operands[2])[0]):
             raise UsageError(
                 "an attention's keys and values do not come straight from its packed cache; run HoistRotation first"
             )
@@ -57,16 +49,16 @@ class _Lower(PyExprMutator):
         packed = self.kernels.attention_packed(shape, splits)
         query, lengths, new_lengths = operands[0], operands[-2], operands[-1]
         if shape.chunk:
-            arguments = [query, operands[3], operands[4], cache, lengths, new_lengths]
+            arguments = [query, operands[3], operands[4], *stored, lengths, new_lengths]
         else:
-            arguments = [query, cache, lengths]
+            arguments = [query, *stored, lengths]
         return relax.call_tir(packed, arguments, call.ty_args[0])
 
-    def _packed(self, operand: relax.Expr) -> relax.Expr | None:
-        """The packed cache that ``operand`` is the dequantized keys or values of."""
+    def _stored(self, operand: relax.Expr) -> list[relax.Expr] | None:
+        """The arrays that ``operand`` is the dequantized keys or values of."""
         item = self.lookup_binding(operand)
         value = self.lookup_binding(item.tuple_value) if isinstance(item, relax.TupleGetItem) else None
         kernel = kernel_of(self.mod, value) if value is not None else None
-        if kernel is None or kernel[0] != "dequantize_cache":
+        if kernel is None or kernel[0] not in ("dequantize_cache", "dequantize_segments"):
             return None
-        return value.args[1][0]
+        return list(value.args[1])[:-1]  # all but the lengths

@@ -14,39 +14,29 @@ import tvm
 from tvm import relax
 from tvm_ffi import structural_walk
 
+from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.errors import ModelError
-from rotquant_tvm.formats import TOKENS, Codec, TileLayout
 from rotquant_tvm.formats import VERSION as LAYOUT_VERSION
 from rotquant_tvm.kv_cache_config import KVCacheConfig
-from rotquant_tvm.ops.site_shape import SiteShape
 
 from .binding_copy import BindingCopy
 from .find_attention import AttentionSite, dataflow_graph, find_attention
-from .kv_kernels import KernelLibrary, rotation_constant
+from .kv_kernels import KernelLibrary
+from .layer_cache import LayerCache
 from .simulate_kv_cache import Simulation
+from .site_attention import SiteAttention, StepLengths
 
-INFO_VERSION = 1
+INFO_VERSION = 2
 
 
-def cache_info(
-    func: relax.Function, sites: list[AttentionSite], codecs: list[tuple[Codec, Codec]], names: list[str]
-) -> dict[str, Any]:
+def cache_info(func: relax.Function, layers: list[LayerCache], names: list[str]) -> dict[str, Any]:
     """The description that ``kv_cache_info()`` returns (plain data)."""
     logits = func.ret_ty.fields[0]
     limit = func.attrs.get("rotquant.max_position")
     return {
         "version": INFO_VERSION,
         "layout_version": LAYOUT_VERSION,
-        "layers": [
-            {
-                "kv_heads": site.kv_heads,
-                "head_dim": site.head_dim,
-                "k": k.format.name,
-                "v": v.format.name,
-                "tile_bytes": TileLayout(k.format, v.format, site.head_dim).tile_bytes,
-            }
-            for site, (k, v) in zip(sites, codecs, strict=True)
-        ],
+        "layers": [layer.describe() for layer in layers],
         "vocab_size": int(logits.shape[-1]),
         "max_position": int(limit) if limit is not None else 2**31 - 1,
         "dtype": str(logits.dtype),
@@ -74,21 +64,23 @@ class QuantizeKVCache:
             raise ModelError("the model has no attention, so there is no KV cache to quantize")
         if self.simulate:
             return Simulation(mod, sites, self.config).module()
-        codecs = [self.config.codecs(s.index, len(sites), s.head_dim) for s in sites]
+        layers = [LayerCache.of(site, len(sites), self.config) for site in sites]
         for site in sites:
             if site.reason:
                 raise ModelError(f"attention {site.index} ({site.output.name}) cannot be rewritten: {site.reason}")
         names = [f"weight_{i:04d}" for i in range(len(func.params) - int(func.attrs["num_input"]))]
-        info = json.dumps(cache_info(func, sites, codecs, names))
+        info = json.dumps(cache_info(func, layers, names))
         step = tvm.IRModule({"main": func})
         seq = func.params[0].ty.shape[1]
         single = relax.utils.copy_with_new_vars(relax.transform.BindSymbolicVars({seq.name: 1}, "main")(step)["main"])
         builder = relax.BlockBuilder(_without_main(mod))
         kernels = KernelLibrary(builder)
         builder.add_func(_info_function(info), "kv_cache_info")
-        builder.add_func(_create_function(sites, codecs), "create_kv_cache")
+        builder.add_func(_create_function(layers), "create_kv_cache")
         for name, body in (("prefill", func), ("decode", single)):
-            _CachedStep(builder, kernels, body, codecs, chunk=name == "prefill").emit(name)
+            chunk = name == "prefill"
+            step = _CachedStep(builder, kernels, body, layers, chunk, chunk and self.config.quantize_chunk)
+            step.emit(name)
         result = builder.finalize()
         result = relax.transform.DeadCodeElimination(["prefill", "decode", "create_kv_cache", "kv_cache_info"])(result)
         relax.analysis.well_formed(result)
@@ -128,55 +120,57 @@ def _info_function(info: str) -> relax.Function:
     return builder.finalize()["kv_cache_info"]
 
 
-def _create_function(sites: list[AttentionSite], codecs: list[tuple[Codec, Codec]]) -> relax.Function:
+def _create_function(layers: list[LayerCache]) -> relax.Function:
     batch, capacity = (relax.Var(name, tvm.ir.PrimType("int64")) for name in ("batch", "capacity"))
     builder = relax.BlockBuilder()
     with builder.function("create_kv_cache", [batch, capacity]):
         with builder.dataflow():
-            tensors = []
-            for site, (k, v) in zip(sites, codecs, strict=True):
-                words = TileLayout(k.format, v.format, site.head_dim).tile_bytes // 4
-                shape = [batch, site.kv_heads, (capacity + TOKENS - 1) // TOKENS, words]
-                tensors.append(builder.emit(relax.op.zeros(relax.ShapeExpr(shape), "uint32")))
-            tensors.append(builder.emit(relax.op.zeros(relax.ShapeExpr([batch]), "int32")))
-            output = builder.emit_output(relax.Tuple(tensors))
+            types = [array for layer in layers for array in layer.created(batch, capacity)]
+            counts = 2 if any(layer.policy.segmented for layer in layers) else 1
+            types += [relax.TensorType([batch], "int32")] * counts
+            zeros = [relax.op.zeros(array.shape, str(array.dtype)) for array in types]
+            output = builder.emit_output(relax.Tuple([builder.emit(array) for array in zeros]))
         builder.emit_func_output(output)
     return builder.finalize()["create_kv_cache"]
 
 
 class _CachedStep:
-    """Rebuilds one step function over the packed cache."""
+    """Rebuilds one step function over the packed cache.
+
+    With ``quantize`` the chunk's keys and values are quantized and dequantized before attention reads them.
+    """
 
     def __init__(
         self,
         builder: relax.BlockBuilder,
         kernels: KernelLibrary,
         func: relax.Function,
-        codecs: list[tuple[Codec, Codec]],
+        layers: list[LayerCache],
         chunk: bool,
+        quantize: bool,
     ) -> None:
-        self.builder, self.kernels, self.func, self.codecs, self.chunk = builder, kernels, func, codecs, chunk
-        self.sites = {site.output: site for site in find_attention(func)}
+        self.builder, self.kernels, self.func, self.chunk = builder, kernels, func, chunk
+        sites = find_attention(func)
+        self.sites = {site.output: site for site in sites}
+        self.layers, self.quantize = layers, quantize
         self.inputs = int(func.attrs["num_input"])
         self.batch, self.seq = func.params[0].ty.shape
         self.copy = BindingCopy(builder)
 
     def emit(self, name: str) -> None:
         """Add the function ``name`` to the builder's module."""
-        tiles = tvm.tirx.Var("tiles", "int64")
         ids = relax.Var("ids", relax.TensorType([self.batch, self.seq], "int32"))
-        new_lengths = relax.Var("new_lengths", relax.TensorType([self.batch], "int32"))
-        caches = []
-        for site, (k, v) in zip(self.sites.values(), self.codecs, strict=True):
-            words = TileLayout(k.format, v.format, site.head_dim).tile_bytes // 4
-            shape = [self.batch, site.kv_heads, tiles, words]
-            caches.append(relax.Var(f"cache_{site.index}", relax.TensorType(shape, "uint32")))
-        lengths = relax.Var("lengths", relax.TensorType([self.batch], "int32"))
+        counts = relax.TensorType([self.batch], "int32")
+        new_lengths = relax.Var("new_lengths", counts)
+        arrays = [layer.parameters(self.batch) for layer in self.layers]
+        policies = {layer.policy for layer in self.layers if layer.policy.segmented}
+        packed = [relax.Var("packed", counts)] if policies else []
+        lengths = relax.Var("lengths", counts)
         weights = [relax.Var(p.name, p.ty) for p in self.func.params[self.inputs :]]
         inputs = [ids, new_lengths] if self.chunk else [ids]
         for old, new in zip(self.func.params[self.inputs :], weights, strict=True):
             self.copy.replace(old, new)
-        inputs += [*caches, lengths]
+        inputs += [*(array for layer in arrays for array in layer), *packed, lengths]
         with self.builder.function(name, [*inputs, *weights], attrs={"num_input": len(inputs)}):
             with self.builder.dataflow():
                 if not self.chunk:
@@ -184,12 +178,26 @@ class _CachedStep:
                     new_lengths = self.builder.emit(relax.op.full(relax.ShapeExpr([self.batch]), one, "int32"))
                 total = self._advance(lengths, new_lengths)
                 self._bind_inputs(ids, total, new_lengths)
-                output = self.builder.emit_output(self._body(caches, total, new_lengths))
+                plan = self._plan(packed[0], total, *policies) if policies else ()
+                stored = list(zip(self.layers, arrays, strict=True))
+                counts = StepLengths(total, new_lengths, *plan)
+                attention = SiteAttention(
+                    self.builder, self.kernels, self.copy, stored, counts, self.chunk, self.quantize
+                )
+                output = self.builder.emit_output(attention.joined(self._body(attention)))
             self.builder.emit_func_output(output)
 
     def _advance(self, lengths: relax.Var, new_lengths: relax.Var) -> relax.Var:
         call = relax.op.call_tir_inplace(self.kernels.advance(), relax.Tuple([lengths, new_lengths]), 0, lengths.ty)
         return self.builder.emit(call)
+
+    def _plan(self, packed: relax.Var, total: relax.Var, policy: CachePolicy) -> tuple[relax.Var, relax.Var]:
+        """The tokens in tiles before and after this call."""
+        kernel, emit = self.kernels.plan_flush(policy, self.chunk), self.builder.emit
+        arguments = relax.Tuple([packed, total])
+        pair = emit(relax.op.call_tir_inplace(kernel, arguments, [0, -1], [packed.ty, packed.ty]))
+        after, before = (emit(relax.TupleGetItem(pair, i)) for i in range(2))
+        return before, after
 
     def _bind_inputs(self, ids: relax.Var, total: relax.Var, new_lengths: relax.Var) -> None:
         """The step's ids, positions and last indices, from the sequences' lengths."""
@@ -205,7 +213,7 @@ class _CachedStep:
             value = emit(new if str(old.ty.dtype) == "int32" else op.astype(new, old.ty.dtype))
             self.copy.replace(old, emit(relax.op.reshape(value, old.ty.shape)) if value.ty.ndim < 0 else value)
 
-    def _body(self, caches: list[relax.Var], total: relax.Var, new_lengths: relax.Var) -> relax.Expr:
+    def _body(self, attention: SiteAttention) -> relax.Expr:
         graph = dataflow_graph(self.func)
         stale, lengths = set(self.func.params[3 : self.inputs]), self._past_lengths()
         for block in self.func.body.blocks:
@@ -214,7 +222,7 @@ class _CachedStep:
                     site = self.sites[binding.var]
                     if stale.intersection((site.call.args[0], site.key.new, site.value.new)):
                         raise ModelError(f"attention {site.index} ({site.output.name}): its new tokens read the past")
-                    self.copy.replace(binding.var, self._attention(site, caches[site.index], total, new_lengths))
+                    self.copy.replace(binding.var, attention.emit(site))
                 elif any(used in stale for used in graph.predecessors(binding.var)):
                     stale.add(binding.var)
                 elif _mentions(binding, lengths):
@@ -231,48 +239,11 @@ class _CachedStep:
         sizes = [param.ty.shape[2] for param in self.func.params[3 : self.inputs]]
         return [size for size in sizes if isinstance(size, tvm.tirx.Var)]
 
-    def _attention(self, site: AttentionSite, cache: relax.Var, total: relax.Var, new: relax.Var) -> relax.Var:
-        emit, kernels = self.builder.emit, self.kernels
-        codec_k, codec_v = self.codecs[site.index]
-        query = self.copy.expr(site.call.args[0])
-        key, value = (self.copy.expr(c.new) for c in (site.key, site.value))
-        shape = SiteShape(
-            codec_k.format.name,
-            codec_v.format.name,
-            site.heads,
-            site.kv_heads,
-            site.head_dim,
-            site.scale,
-            site.window,
-            str(query.ty.dtype),
-            self.chunk,
-        )
-        rotations = [rotation_constant(c.rotation) for c in (codec_k, codec_v)]
-        arguments = relax.Tuple([cache, key, value, *rotations, total, new])
-        packed = emit(relax.op.call_tir_inplace(kernels.append(shape), arguments, 0, cache.ty))
-        batch, kv_heads, tiles, _ = cache.ty.shape
-        dense = relax.TensorType([batch, kv_heads, tiles * TOKENS, site.head_dim], "float32")
-        pair = emit(relax.call_tir(kernels.dequantize_cache(shape), [packed, total], [dense, dense]))
-        past = [
-            _unrotate(emit, kernels, emit(relax.TupleGetItem(pair, i)), codec)
-            for i, codec in enumerate((codec_k, codec_v))
-        ]
-        operands = [query, *past, *((key, value) if self.chunk else ()), total, new]
-        return emit(relax.call_tir(kernels.attention_dense(shape), operands, query.ty))
-
 
 def _mentions(binding: relax.Binding, sizes: list[tvm.tirx.Var]) -> bool:
     found: list[tvm.tirx.Var] = []
     structural_walk([binding.value, binding.var.ty], (tvm.tirx.Var, found.append))
     return any(var.same_as(size) for var in found for size in sizes)
-
-
-def _unrotate(emit: Any, kernels: KernelLibrary, x: relax.Var, codec: Codec) -> relax.Var:
-    inverse = codec.inverse_rotation
-    if inverse.identity:
-        return x
-    kernel = kernels.rotate(inverse.structure, codec.head_dim, "float32")
-    return emit(relax.call_tir(kernel, [x, rotation_constant(inverse)], x.ty))
 
 
 def _logits(func: relax.Function) -> relax.Var:

@@ -1,8 +1,8 @@
 """Compiled artifacts kept in the user's cache folder, so that the same compile is not done twice.
 
 An entry's name is the SHA-256 over all that decides what a compile gives: the model's content, the KV
-formats, the target, the capacity, the dtype, the versions of the packages involved and this package's own
-sources.
+formats, the target, the batch if it is fixed, the capacity, the dtype, the versions of the packages involved and this
+package's own sources.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +24,15 @@ from typing import TypeAlias
 from .artifact_folder import check_output
 from .errors import ArtifactError, ModelError, UsageError
 from .frontend import ImportedModel, import_model
+from .input_shapes import fixed_batch
 from .kv_cache_config import KVCacheConfig
 from .linker import linker_command
+from .shared_weights import share_weights
 
 KEEP = 8
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "numpy")
 _SOURCES = ("rotquant_tvm", "rotquant_tvm.passes", "rotquant_tvm.schedules", "rotquant_tvm.tuning_logs")
-_WITHOUT_EFFECT = ("cli",)  # subpackages that no compile runs
+_WITHOUT_EFFECT = ("cli", "evaluation")  # subpackages that no compile runs
 _ABANDONED_SECONDS = 24 * 3600
 _ENTRY = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[a-z0-9_]{8}\.(partial|replaced)")
@@ -67,7 +69,7 @@ class CompileCache:
 
     folder: Path = field(default_factory=cache_folder)
     keep: int = KEEP
-    _imported: dict[tuple[str, str], ImportedModel] = field(default_factory=dict, repr=False)
+    _imported: dict[tuple[str, str, bool], ImportedModel] = field(default_factory=dict, repr=False)
 
     def artifact(
         self,
@@ -76,24 +78,28 @@ class CompileCache:
         target: str = "llvm",
         *,
         kv_layers: str | None = None,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
         capacity: int = 4096,
         dtype: str = "float32",
+        every_logit: bool = False,
         progress: Progress = _silent,
     ) -> CachedArtifact:
         """Return the artifact of a model, which is a directory or a file; arguments as of ``compile``.
 
-        An entry that is damaged is compiled again. ``progress`` is called with the name of each stage. Raises
-        what ``compile`` raises, UsageError if the folder cannot be written, and DeviceError if there is no
-        compiler to link the library with.
+        ``every_logit`` as of ``import_model``. An entry that is damaged is compiled again. ``progress`` is called
+        with the name of each stage. Raises what ``compile`` raises, UsageError if the folder cannot be written, and
+        DeviceError if there is no compiler to link the library with.
         """
         from .compiler import compile
         from .runtime import read_artifact
         from .target import resolve_target
 
         config = KVCacheConfig.of(kv_cache, kv_layers)
+        batch = fixed_batch(input_shapes)
         resolved = resolve_target(target)
         progress("look into the compile cache")
-        key = (model_digest(model), _config_text(config), str(resolved), capacity, dtype, _environment())
+        options = (batch, capacity, dtype, every_logit)
+        key = (model_digest(model), _config_text(config), str(resolved), *options, _environment())
         path = self.folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()
         try:
             read_artifact(path)
@@ -102,19 +108,24 @@ class CompileCache:
         except (ArtifactError, OSError):  # not there, damaged, or just being removed
             self._check_writable(path)
         linker_command()
-        imported = self._import(model, dtype, progress)
-        compiled = compile(imported, config, resolved, capacity=capacity, progress=progress)
+        imported = self._import(model, dtype, every_logit, progress)
+        compiled = compile(
+            imported, config, resolved, input_shapes=input_shapes, capacity=capacity, progress=progress
+        )
         progress("write")
         _remove(path)  # if damaged: what is left of it may no longer look like an artifact
         compiled.save(path)
+        share_weights(path, sorted(entry for entry in self.folder.iterdir() if _ENTRY.fullmatch(entry.name)))
         self._prune(path)
         return CachedArtifact(path, found=False)
 
-    def _import(self, model: str | os.PathLike[str], dtype: str, progress: Progress) -> ImportedModel:
-        key = (str(Path(model).resolve()), dtype)
+    def _import(
+        self, model: str | os.PathLike[str], dtype: str, every_logit: bool, progress: Progress
+    ) -> ImportedModel:
+        key = (str(Path(model).resolve()), dtype, every_logit)
         if key not in self._imported:
             progress("import")
-            self._imported[key] = import_model(model, dtype=dtype)
+            self._imported[key] = import_model(model, dtype=dtype, every_logit=every_logit)
         return self._imported[key]
 
     def _check_writable(self, path: Path) -> None:
@@ -171,7 +182,12 @@ def _digest(value: object) -> str:
 
 def _config_text(config: KVCacheConfig) -> str:
     overrides = {index: formats.name for index, formats in sorted(config.overrides.items())}
-    return json.dumps([config.formats.name, overrides, config.seed])
+    return json.dumps([config.name, overrides, config.seed, config.quantize_chunk])
+
+
+def environment_digest() -> str:
+    """Return the SHA-256 (hex) of what, beside its arguments, decides what a compile gives: versions and sources."""
+    return _digest(_environment())
 
 
 def _environment() -> list[object]:

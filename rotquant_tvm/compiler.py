@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm
+from tvm import relax
 
 from .errors import UsageError
 from .frontend import ImportedModel, TokenizerData, import_model
+from .input_shapes import fixed_batch
 from .kv_cache_config import KVCacheConfig
 from .linker import export_library, linker_command
-from .pass_hooks import PassHooks
-from .pipeline import check_pass_names, kv_passes, operator_passes, pass_context, run_passes
+from .pass_hooks import PassHooks, PassTimer
+from .pipeline import check_pass_names, kv_passes, operator_passes, pass_context, pass_names, run_passes
 from .report import compile_report
 from .target import resolve_target
 
@@ -85,7 +87,7 @@ class CompiledModel:
             default_capacity=self.default_capacity,
         )
 
-    def session(self, batch: int = 1, capacity: int | None = None, device: str = "cpu") -> Session:
+    def session(self, batch: int | None = None, capacity: int | None = None, device: str = "cpu") -> Session:
         """Start a session over ``library(device)``."""
         return self.library(device).session(batch, capacity)
 
@@ -104,6 +106,7 @@ def compile(
     target: str | tvm.target.Target = "llvm",
     *,
     kv_layers: str | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
     capacity: int = DEFAULT_CAPACITY,
     dtype: str = "float32",
     opt_level: int = 3,
@@ -116,23 +119,26 @@ def compile(
     ``model``: a transformers causal LM, its directory, a .gguf file, or what ``import_model`` returned.
     ``kv_cache``: ``K`` or ``K/V`` in the spelling of ``KVFormat.parse``; ``kv_layers`` overrides layers
     (``"0,-1=f16"``) of such a text. ``target``: ``"llvm"`` (this CPU), ``"cuda"`` (this GPU) or any TVM target of these
-    kinds. ``capacity``: tokens per sequence of a session that names none; lowered to the model's positions,
+    kinds. ``input_shapes``: ``{"ids": [1, -1]}`` compiles for that batch alone, by default for any.
+    ``capacity``: tokens per sequence of a session that names none; lowered to the model's positions,
     and in the report as ``default_capacity``. ``dtype`` of the weights when they
     come from files. ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes.
     ``progress`` is called with the name of each stage. Raises ``UsageError``, ``FormatError``, ``ModelError``
     or ``DeviceError``.
     """
     config = KVCacheConfig.of(kv_cache, kv_layers)
+    batch = fixed_batch(input_shapes)
     if capacity < 1:
         raise UsageError(f"the capacity is {capacity} tokens; it must be 1 or more")
     target = resolve_target(target)
     hooks = hooks or PassHooks()
     check_pass_names(hooks.disabled, target)
-    context = pass_context(hooks, opt_level, pass_config)
+    timer = PassTimer()
+    context = pass_context(hooks.timed(timer), opt_level, pass_config)
     stages = _Stages(progress)
     stages.start("import")
     imported = model if isinstance(model, ImportedModel) else import_model(model, dtype=dtype)
-    mod = _with_limit(imported)
+    mod = _with_batch(_with_limit(imported), batch)
     with context:
         stages.start("rewrite the KV cache")
         mod = run_passes(mod, kv_passes(config, target), target)
@@ -140,6 +146,7 @@ def compile(
         mod, weights = _final_weights(mod, imported.weights)
         stages.start("schedule")
         mod = run_passes(mod, operator_passes(target), target)
+        pass_seconds = timer.seconds(pass_names(target))  # before TVM runs some of the same passes again
         stages.start("generate code")
         executable = tvm.compile(mod, target)
     stages.start("")
@@ -147,7 +154,8 @@ def compile(
 
     info = read_cache_info(mod)
     capacity = min(capacity, imported.config["max_position"] or capacity)
-    report = compile_report(info, imported.config, target, stages.seconds, mod) | {"default_capacity": capacity}
+    report = compile_report(info, imported.config, target, stages.seconds, mod, pass_seconds)
+    report |= {"default_capacity": capacity}
     return CompiledModel(executable, info, weights, report, target, imported.tokenizer, capacity)
 
 
@@ -176,6 +184,18 @@ def _with_limit(imported: ImportedModel) -> tvm.IRModule:
     return mod
 
 
+def _with_batch(mod: tvm.IRModule, batch: int | None) -> tvm.IRModule:
+    """Return the module for sequences of this number alone; None leaves it as it is."""
+    if batch is None:
+        return mod
+    size = mod["main"].params[0].ty.shape[0]
+    if isinstance(size, tvm.tirx.IntImm):
+        if int(size) != batch:
+            raise UsageError(f"input ids: batch is {batch}, and the model was imported for {int(size)}")
+        return mod
+    return relax.transform.BindSymbolicVars({size: batch}, "main")(mod)
+
+
 def _final_weights(mod: tvm.IRModule, weights: list[np.ndarray]) -> tuple[tvm.IRModule, list[np.ndarray]]:
     """Return the weights as the rewritten functions take them, and the module describing them."""
     from .passes.pack_linear_weights import make_weights, weight_recipes
@@ -187,4 +207,7 @@ def _final_weights(mod: tvm.IRModule, weights: list[np.ndarray]) -> tuple[tvm.IR
     final = [np.asarray(w) for w in make_weights(mod["decode"], weights)]
     info = read_cache_info(mod)
     info["weights"] = [f"weight_{i:04d}" for i in range(len(final))]
+    batch = mod["decode"].params[0].ty.shape[0]
+    if isinstance(batch, tvm.tirx.IntImm):
+        info["batch"] = int(batch)
     return with_cache_info(mod, info), final

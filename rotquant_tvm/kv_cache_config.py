@@ -1,11 +1,16 @@
-"""The cache configuration: which K and V format each layer uses."""
+"""The cache configuration: which K and V format each layer uses, and the cache policy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .cache_policy import CachePolicy, read_options
 from .errors import UsageError
 from .formats import Codec, KVFormat, parse_pair
+
+_PRESET_POLICY = CachePolicy(sinks=4, recent=8, center=64)
+PRESETS = {name + end: _PRESET_POLICY for name in ("rq2", "rq3", "rq4") for end in ("", "+tcq")}
+"""The cache policy of each preset (``docs/evaluation.md`` says how it was found); their formats are in ``formats``."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +33,18 @@ class LayerFormats:
 
 @dataclass(frozen=True)
 class KVCacheConfig:
-    """What ``QuantizeKVCache`` stores: the formats, and ``overrides`` by layer index.
+    """What ``QuantizeKVCache`` stores: the formats, ``overrides`` by layer index, and the cache policy.
 
-    ``seed`` (0 or more) draws the rotations; layer i's keys and values get their own. Raises ``UsageError``
-    for another seed.
+    ``seed`` (0 or more) draws the rotations; layer i's keys and values get their own. With ``quantize_chunk`` prefill
+    quantizes and dequantizes the keys and values of its own chunk before attention reads them, so that every token is
+    quantized before it is attended: for evaluation. Raises ``UsageError`` for another seed.
     """
 
     formats: LayerFormats
     overrides: dict[int, LayerFormats] = field(default_factory=dict)
     seed: int = 0
+    policy: CachePolicy = CachePolicy()
+    quantize_chunk: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -58,8 +66,10 @@ class KVCacheConfig:
     def parse(cls, text: str, layers: str | None = None, seed: int = 0) -> KVCacheConfig:
         """Read ``--kv-cache`` and ``--kv-layers`` texts: ``"rq3"``, ``"iso3/planar3"`` and ``"0,-1=f16;5=iso4"``.
 
-        Negative layers count from the end. Raises ``FormatError`` or ``UsageError``.
+        Options of the cache policy follow the formats: ``"iso3,sinks=4,recent=64,center=64"``; a preset brings its own,
+        which they replace. Negative layers count from the end. Raises ``FormatError`` or ``UsageError``.
         """
+        formats, _, options = str(text).partition(",")
         overrides: dict[int, LayerFormats] = {}
         for part in filter(None, (p.strip() for p in (layers or "").split(";"))):
             indices, sign, name = part.partition("=")
@@ -70,7 +80,19 @@ class KVCacheConfig:
             if not sign or not numbers:
                 raise UsageError(f"cannot read the layer overrides '{part}'; write them like '0,-1=f16;5=iso4'")
             overrides.update(dict.fromkeys(numbers, LayerFormats.parse(name.strip())))
-        return cls(LayerFormats.parse(text), overrides, seed)
+        named = [PRESETS[word] for word in formats.strip().split("/") if word in PRESETS]
+        policy = (named[0] if named else CachePolicy()).changed(read_options(options))
+        return cls(LayerFormats.parse(formats.strip()), overrides, seed, policy)
+
+    @property
+    def name(self) -> str:
+        """Formats and policy as ``parse`` reads them (overrides apart): ``hurwitz3,sinks=4,recent=32,center=64``."""
+        return ",".join(filter(None, (self.formats.name, self.policy.name)))
+
+    def layer_policy(self, index: int, count: int) -> CachePolicy:
+        """The policy of a layer: none where keys and values are 16-bit anyway."""
+        formats = self.layer(index, count)
+        return CachePolicy() if formats.k.bits == formats.v.bits == 16 else self.policy
 
     def layer(self, index: int, count: int) -> LayerFormats:
         """The formats of layer ``index`` of ``count``."""

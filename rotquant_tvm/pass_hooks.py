@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,21 @@ class PassHooks:
     before: Hook | None = None
     after: Hook | None = None
     disabled: Sequence[str] = field(default_factory=tuple)
+
+    def timed(self, timer: PassTimer) -> PassHooks:
+        """Return these hooks with a timer that does not count what they take themselves."""
+
+        def before(name: str, mod: tvm.IRModule) -> None:
+            if self.before is not None:
+                self.before(name, mod)
+            timer.before(name, mod)
+
+        def after(name: str, mod: tvm.IRModule) -> None:
+            timer.after(name, mod)
+            if self.after is not None:
+                self.after(name, mod)
+
+        return PassHooks(before, after, self.disabled)
 
     def instruments(self) -> list[PassInstrument]:
         """Return what a ``tvm.transform.PassContext`` takes to call these hooks."""
@@ -81,6 +96,10 @@ class PassTimer:
         depth = min(past.depth, len(self._open))
         taken = past.seconds + time.perf_counter() - since
         self._times[name] = PassTime(name, past.runs + 1, taken, depth)
+
+    def seconds(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the seconds of those of ``names`` that have run, in the order of ``names``."""
+        return {name: self._times[name].seconds for name in names if name in self._times}
 
     @property
     def times(self) -> list[PassTime]:

@@ -6,7 +6,11 @@ from typing import Any
 
 import tvm
 
-from .formats import TOKENS, KVFormat
+from .formats import KVFormat
+from .kernel_report import kv_kernels, layer_kernels
+
+LENGTHS = (1024, 8192, 32768)
+"""The sequence lengths, in tokens, whose true bits the report gives."""
 
 
 def compile_report(
@@ -15,15 +19,23 @@ def compile_report(
     target: tvm.target.Target,
     seconds: dict[str, float],
     mod: tvm.IRModule,
+    pass_seconds: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Describe a compiled library.
 
-    Per layer: K and V format, true bits per element (gains counted), bytes per token of the cache and of an f16 cache;
-    their totals; the KV kernels in the module; seconds per stage.
+    Per layer: K and V format and cache policy, bits per element of a packed token (gains and centres counted), its bytes
+    and those in an f16 cache, and the kernels of ``layer_kernels``; their totals; the true bits per element of whole
+    sequences of ``LENGTHS`` tokens, every array counted as it is allocated; the KV kernels in the module; the batch, if it is fixed; seconds
+    per stage, and per pass of the pipeline.
     """
-    layers = []
+    from .runtime.cache_info import KVCacheInfo
+
+    layers, checked = [], KVCacheInfo.from_document(info).layers
+    kernels = layer_kernels(mod, len(info["layers"]))
     for index, layer in enumerate(info["layers"]):
-        head_dim, kv_heads = layer["head_dim"], layer["kv_heads"]
+        head_dim, kv_heads, policy = layer["head_dim"], layer["kv_heads"], checked[index].policy
+        k_bits, v_bits = (KVFormat.parse(layer[role]).bits_per_element(head_dim) for role in "kv")
+        per_token = checked[index].bytes_per_token
         layers.append(
             {
                 "layer": index,
@@ -31,10 +43,12 @@ def compile_report(
                 "v": layer["v"],
                 "kv_heads": kv_heads,
                 "head_dim": head_dim,
-                "k_bits": KVFormat.parse(layer["k"]).bits_per_element(head_dim),
-                "v_bits": KVFormat.parse(layer["v"]).bits_per_element(head_dim),
-                "bytes_per_token": kv_heads * layer["tile_bytes"] / TOKENS,
+                "policy": policy.name,
+                "k_bits": 8 * per_token / (kv_heads * head_dim) - v_bits if policy.center else k_bits,
+                "v_bits": v_bits,
+                "bytes_per_token": per_token,
                 "f16_bytes_per_token": kv_heads * head_dim * 4,
+                "kernels": kernels[index],
             }
         )
     stored = sum(layer["bytes_per_token"] for layer in layers)
@@ -48,12 +62,22 @@ def compile_report(
         "bytes_per_token": stored,
         "f16_bytes_per_token": plain,
         "compression": plain / stored,
-        "kernels": sorted(g.name_hint for g in mod.functions if g.name_hint.startswith("kv_")),
+        "true_bits": {str(tokens): true_bits(info, tokens) for tokens in LENGTHS},
+        "kernels": kv_kernels(mod),
+        "batch": info.get("batch"),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "pass_seconds": {name: round(value, 4) for name, value in (pass_seconds or {}).items()},
     }
 
 
 def cache_bytes(info: dict[str, Any], tokens: int) -> int:
-    """Bytes of cache that one sequence of ``tokens`` tokens takes, whole tiles counted."""
-    tiles = -(-tokens // TOKENS)
-    return sum(layer["kv_heads"] * layer["tile_bytes"] * tiles for layer in info["layers"])
+    """Bytes of the arrays that one sequence of ``tokens`` tokens takes, as they are allocated."""
+    from .runtime.cache_info import KVCacheInfo
+
+    return KVCacheInfo.from_document(info).cache_bytes(1, tokens)
+
+
+def true_bits(info: dict[str, Any], tokens: int) -> float:
+    """Bits per element of keys and values of a sequence of ``tokens`` tokens: codes, gains, centres, 16-bit segments."""
+    elements = sum(2 * layer["kv_heads"] * layer["head_dim"] for layer in info["layers"]) * tokens
+    return 8 * cache_bytes(info, tokens) / elements

@@ -33,7 +33,8 @@ def row_block(rows: int, registers: int) -> tuple[int, int]:
 class AttentionCore:
     """Scratch and loops for ``rows`` queries of ``head_dim``; create it where its buffers should be allocated."""
 
-    def __init__(self, rows: int, head_dim: int, registers: int) -> None:
+    def __init__(self, rows: int, head_dim: int, registers: int, centred: bool = False) -> None:
+        """``centred``: some tiles' keys stand off a centre, whose scores ``take_centre`` prepares."""
         self.head_dim = head_dim
         self.rows, self.block = row_block(rows, registers)
 
@@ -47,6 +48,7 @@ class AttentionCore:
         self.output = alloc(self.rows * head_dim // 4)
         self.peak, self.total, self.decay = alloc(self.rows), alloc(self.rows), alloc(self.rows)
         self.gain_k, self.gain_v = alloc(2), alloc(2)
+        self.centre, self.offset = (alloc(head_dim // 4), alloc(self.rows)) if centred else (None, None)
 
     def start(self, load_query: Callable[[Expr, Expr], Expr], real: Callable[[Expr], Expr], scale: float) -> None:
         """Load the queries: ``load_query(row, dim)`` gives float32 dims dim … dim+15; rows not ``real`` become 0."""
@@ -70,6 +72,30 @@ class AttentionCore:
         for gains in (self.gain_k, self.gain_v):
             for s in range(2):
                 T.buffer_store(gains, splat(1.0), [lanes(LANES * s)])
+
+    def take_centre(self, load: Callable[[Expr], Expr]) -> None:
+        """Score the centre of the tiles to come: ``load(dim)`` gives its float32 dims dim … dim+15."""
+        with T.serial(0, self.head_dim // 16) as sixteen:
+            part = register()
+            T.buffer_store(part, load(sixteen * 16), [lanes(0)])
+            for e in range(4):
+                value = pick([part[lanes(0)]], lambda k, e=e: 4 * (k % 4) + e)
+                T.buffer_store(self.centre, value, [lanes((sixteen * 4 + e) * LANES)])
+        with T.serial(0, self.rows) as row:
+            total = register()
+            T.buffer_store(total, splat(0.0), [lanes(0)])
+            with T.serial(0, self.head_dim // 4) as slot:
+                query = self.query[lanes((row * (self.head_dim // 4) + slot) * LANES)]
+                T.buffer_store(total, total[lanes(0)] + query * self.centre[lanes(slot * LANES)], [lanes(0)])
+            across(total, lambda a, b: a + b)
+            # Every product stands in four lanes.
+            T.buffer_store(self.offset, total[lanes(0)] * splat(0.25), [lanes(row * LANES)])
+
+    def no_centre(self) -> None:
+        """For tiles whose keys are whole."""
+        if self.offset is not None:
+            with T.serial(0, self.rows) as row:
+                T.buffer_store(self.offset, splat(0.0), [lanes(row * LANES)])
 
     def tile(self, first: Expr, oldest: Callable[[Expr], Expr], newest: Callable[[Expr], Expr]) -> None:
         """Take in the tile in ``keys``, ``values`` and the gains; its tokens stand at positions ``first`` … first+31.
@@ -107,6 +133,8 @@ class AttentionCore:
         inside = [tir.And(low <= token, token <= high) for token in tokens]
         for s in range(2):
             value = sum_of_fours(self.sums, row * 8 * LANES + 64 * s) * self.gain_k[lanes(LANES * s)]
+            if self.offset is not None:
+                value = value + self.offset[mine]
             T.buffer_store(score, tir.Select(inside[s], value, splat(MASKED)), [lanes(LANES * s)])
         T.buffer_store(peak, tir.max(score[lanes(0)], score[lanes(LANES)]), [lanes(0)])
         across(peak, tir.max)

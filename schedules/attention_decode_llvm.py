@@ -12,10 +12,11 @@ from tvm.tirx.script.builder import ir as T
 from rotquant_tvm.formats import TileLayout
 from rotquant_tvm.ops.attention_decode import merge_splits
 from rotquant_tvm.ops.axes import Axes
+from rotquant_tvm.ops.segments import segment_arguments
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .attention_core_llvm import AttentionCore, wide
-from .packed_source_llvm import PackedSource
+from .segments_llvm import SegmentStream
 from .vector_ops import LANES, lanes
 from .vector_target import VectorTarget
 
@@ -25,7 +26,7 @@ Expr = Any
 def attention_decode_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
     """Build the kernel; parameters and results are those of ``ops.attention_decode``."""
     heads, kv_heads, group, head_dim, splits = shape.heads, shape.kv_heads, shape.group, shape.head_dim, shape.splits
-    codecs = shape.codecs()
+    codecs, policy = shape.codecs(), shape.cache_policy
     layout = TileLayout(codecs[0].format, codecs[1].format, head_dim)
     words = layout.tile_bytes // 4
     batch, tiles = tir.Var("batch", "int64"), tir.Var("tiles", "int64")
@@ -33,33 +34,28 @@ def attention_decode_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.ti
         T.func_name("attention_decode")
         T.func_attr({OP_ATTR: "attention_decode", "tirx.noalias": True, "tirx.is_scheduled": True})
         q = T.arg("q", T.buffer((batch, 1, heads, head_dim), shape.dtype))
-        cache = T.arg("cache", T.buffer((batch, kv_heads, tiles, words), "uint32"))
+        arrays = segment_arguments(layout, policy, batch, kv_heads, tiles)
         lengths = T.arg("lengths", T.buffer((batch,), "int32"))
         out = T.arg("out", T.buffer((batch, 1, heads, head_dim), shape.dtype))
         partial = T.sblock_alloc_buffer((batch, kv_heads, splits, group, head_dim), "float32")
         sums = T.sblock_alloc_buffer((batch, kv_heads, splits, group, 2), "float32")
         with T.parallel(0, batch * (kv_heads * splits)) as block, T.sblock("split"):
             piece = T.axis.spatial(batch * (kv_heads * splits), block)
-            T.reads(q[0:batch, 0, 0:heads, 0:head_dim], cache[0:batch, 0:kv_heads, 0:tiles, 0:words], lengths[0:batch])
+            whole = arrays[0][0:batch, 0:kv_heads, 0:tiles, 0:words]
+            T.reads(q[0:batch, 0, 0:heads, 0:head_dim], whole, lengths[0:batch])
             T.writes(
                 partial[0:batch, 0:kv_heads, 0:splits, 0:group, 0:head_dim],
                 sums[0:batch, 0:kv_heads, 0:splits, 0:group, 0:2],
             )
             b, head, split = piece // (kv_heads * splits), piece // splits % kv_heads, piece % splits
-            core = AttentionCore(group, head_dim, VectorTarget.of(target).registers)
-            source = PackedSource(core, codecs, layout, target)
+            core = AttentionCore(group, head_dim, VectorTarget.of(target).registers, bool(policy.center))
+            stream = SegmentStream(core, arrays, codecs, layout, policy, target)
             core.start(
                 lambda row, dim: wide(q, [b, 0, head * group + row], dim), lambda row: row < group, shape.scale
             )
             zero = tir.const(0, "int32")
             oldest = tir.max(lengths[b] - shape.window, zero) if shape.window else zero
-            length = tir.min(lengths[b], (tiles * 32).astype("int32"))
-            share = ((length + 31) // 32 - oldest // 32 + (splits - 1)) // splits
-            with T.serial(0, share) as step:
-                tile = oldest // 32 + split.astype("int32") * share + step
-                with T.If(tile * 32 < length), T.Then():
-                    source.load(cache, [b, head, tile])
-                    core.tile(tile * 32, lambda _: oldest, lambda _: length - 1)
+            stream.feed((b, head), lengths[b], (oldest, lambda _: oldest), split.astype("int32"), splits)
             with T.serial(0, group) as row:
                 core.finish(
                     row,

@@ -10,11 +10,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.formats import TileLayout
+from rotquant_tvm.ops.segments import segment_arguments
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .attention_core_llvm import AttentionCore, wide
 from .chunk_source_llvm import ChunkSource
-from .packed_source_llvm import PackedSource
+from .segments_llvm import SegmentStream
 from .vector_ops import cast, lanes, splat
 from .vector_target import VectorTarget
 
@@ -26,7 +27,7 @@ ROWS = 32
 def attention_prefill_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
     """Build the kernel; parameters and results are those of ``ops.attention_prefill``."""
     heads, kv_heads, group, head_dim = shape.heads, shape.kv_heads, shape.group, shape.head_dim
-    codecs = shape.codecs()
+    codecs, policy = shape.codecs(), shape.cache_policy
     layout = TileLayout(codecs[0].format, codecs[1].format, head_dim)
     words, tokens = layout.tile_bytes // 4, max(4, ROWS // group)
     batch, seq, tiles = (tir.Var(name, "int64") for name in ("batch", "seq", "tiles"))
@@ -37,19 +38,20 @@ def attention_prefill_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.t
         T.func_attr({OP_ATTR: "attention_prefill", "tirx.noalias": True, "tirx.is_scheduled": True})
         q = T.arg("q", T.buffer((batch, seq, heads, head_dim), shape.dtype))
         k, v = (T.arg(name, T.buffer((batch, kv_heads, seq, head_dim), shape.dtype)) for name in ("k", "v"))
-        cache = T.arg("cache", T.buffer((batch, kv_heads, tiles, words), "uint32"))
+        arrays = segment_arguments(layout, policy, batch, kv_heads, tiles)
         lengths = T.arg("lengths", T.buffer((batch,), "int32"))
         new_lengths = T.arg("new_lengths", T.buffer((batch,), "int32"))
         out = T.arg("out", T.buffer((batch, seq, heads, head_dim), shape.dtype))
         with T.parallel(0, batch * kv_heads * blocks) as block, T.sblock("rows"):
             piece = T.axis.spatial(batch * kv_heads * blocks, block)
-            T.reads(q[0:batch, 0:seq, 0:heads, 0:head_dim], cache[0:batch, 0:kv_heads, 0:tiles, 0:words])
+            whole = arrays[0][0:batch, 0:kv_heads, 0:tiles, 0:words]
+            T.reads(q[0:batch, 0:seq, 0:heads, 0:head_dim], whole)
             T.writes(out[0:batch, 0:seq, 0:heads, 0:head_dim])
             # The last rows have the most keys: they go first, so that no thread ends up alone with them.
             b, head = piece % (batch * kv_heads) // kv_heads, piece % kv_heads
             first = ((blocks - 1 - piece // (batch * kv_heads)) * tokens).astype("int32")
             new, past = new_lengths[b], lengths[b] - new_lengths[b]
-            core = AttentionCore(tokens * group, head_dim, VectorTarget.of(target).registers)
+            core = AttentionCore(tokens * group, head_dim, VectorTarget.of(target).registers, bool(policy.center))
 
             def token(row: Expr) -> Expr:
                 return first + row // group
@@ -58,17 +60,14 @@ def attention_prefill_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.t
                 return tir.max(past + token(row) - (shape.window - 1), zero) if shape.window else zero
 
             with T.If(first < new), T.Then():
-                packed, chunk = PackedSource(core, codecs, layout, target), ChunkSource(core, k, v)
+                stream = SegmentStream(core, arrays, codecs, layout, policy, target)
+                chunk = ChunkSource(core, k, v)
                 core.start(
                     lambda row, dim: wide(q, [b, token(row), head * group + row % group], dim),
                     lambda row: tir.all(row < tokens * group, token(row) < new),
                     shape.scale,
                 )
-                skipped = oldest(0) // 32
-                stored = tir.min(past, (tiles * 32).astype("int32"))
-                with T.serial(0, tir.max((stored + 31) // 32 - skipped, zero)) as step:
-                    packed.load(cache, [b, head, skipped + step])
-                    core.tile((skipped + step) * 32, oldest, lambda _: stored - 1)
+                stream.feed((b, head), past, (oldest(0), oldest))
                 last = tir.min(first + tokens, new)
                 with T.serial(0, (last + 31) // 32) as tile:
                     with T.If(past + tile * 32 + 32 > oldest(0)), T.Then():

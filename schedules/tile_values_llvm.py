@@ -20,7 +20,7 @@ import tvm.tirx as tir
 from tvm.target.codegen import target_has_features
 from tvm.tirx.script.builder import ir as T
 
-from rotquant_tvm.formats import Codec, TileLayout
+from rotquant_tvm.formats import Codec, KeyLayout, TileLayout
 from rotquant_tvm.ops.tile_access import CodeSection, code_section
 
 from .vector_ops import LANES, cast, lane_numbers, lanes, pick, register, splat
@@ -45,7 +45,7 @@ class TileValues:
     """Unpacks one role's codes of a tile. ``layout`` and ``codec`` say how they are stored."""
 
     codec: Codec
-    layout: TileLayout
+    layout: TileLayout | KeyLayout
     role: str
     target: tvm.target.Target
 
@@ -54,11 +54,21 @@ class TileValues:
         """The codes in the tile."""
         return code_section(self.layout, self.role)
 
+    @property
+    def unit(self) -> float:
+        """What an unpacked value of 1 is worth."""
+        return 1.0
+
+    @property
+    def scratch_words(self) -> int:
+        """Words per lane that ``unpack`` needs as scratch."""
+        return self.section.words + 1
+
     def table(self) -> Any:
-        """A buffer with the codebook's values, repeated to sixteen (None for formats without a codebook)."""
-        if self.codec.codebook is None:
+        """A buffer with the codebook's values, repeated to sixteen (None for formats whose codes are numbers)."""
+        if self.codec.code_values is None:
             return None
-        values = np.resize(self.codec.codebook.centroids, LANES)
+        values = np.resize(self.codec.code_values, LANES)
         buffer = T.alloc_buffer((LANES,), "float32", scope="local")
         for k, value in enumerate(values):
             T.buffer_store(buffer, tir.const(float(value), "float32"), [k])
@@ -162,13 +172,16 @@ class TileValues:
         return cast(tir.reinterpret(f"float16x{LANES}", cast(bits & splat(0xFFFF, "uint32"), "uint16")), "float32")
 
     def _lookup(self, code: Expr, table: Any) -> Expr:
-        """The codebook's value; bits of ``code`` above the format's are ignored."""
-        values = [float(v) for v in self.codec.codebook.centroids]
-        if target_has_features("avx512f", self.target):
-            return tir.call_llvm_pure_intrin(
-                f"float32x{LANES}", "llvm.x86.avx512.permvar.sf.512", table[lanes(0)], cast(code, "int32")
-            )
-        return _select(code, values, self.codec.format.bits - 1)
+        return look_up(code, [float(v) for v in self.codec.code_values], table[lanes(0)], self.target)
+
+
+def look_up(code: Expr, values: list[float], table: Expr, target: tvm.target.Target) -> Expr:
+    """The ``values`` of codes; bits above theirs are ignored. ``table`` is a vector of them, repeated to sixteen."""
+    if target_has_features("avx512f", target):
+        return tir.call_llvm_pure_intrin(
+            f"float32x{LANES}", "llvm.x86.avx512.permvar.sf.512", table, cast(code, "int32")
+        )
+    return _select(code, values, len(values).bit_length() - 2)
 
 
 def _shifted(word: Expr, bits: int) -> Expr:
@@ -193,7 +206,7 @@ def _select(code: Expr, values: list[float], bit: int) -> Expr:
 class TileGains:
     """Reads one role's gains of a tile into token order."""
 
-    layout: TileLayout
+    layout: TileLayout | KeyLayout
     role: str
 
     def halves(self, load: LoadWords, row: int) -> list[Expr]:
@@ -202,11 +215,11 @@ class TileGains:
         parts = (words & splat(0xFFFF, "uint32"), words >> splat(16, "uint32"))
         return [cast(tir.reinterpret(f"float16x{LANES}", cast(p, "uint16")), "float32") for p in parts]
 
-    def in_token_order(self, load: LoadWords, out: Any) -> None:
-        """Store the gains of tokens 0 … 31 to ``out`` [32]."""
+    def in_token_order(self, load: LoadWords, out: Any, scale: float = 1.0, row: int = 0) -> None:
+        """Store the gains of tokens 0 … 31 in a row, times ``scale``, to ``out`` [32]."""
         halves = register(2)
-        for u, value in enumerate(self.halves(load, 0)):
-            T.buffer_store(halves, value, [lanes(LANES * u)])
+        for u, value in enumerate(self.halves(load, row)):
+            T.buffer_store(halves, value if scale == 1 else value * splat(scale), [lanes(LANES * u)])
         vectors = [halves[lanes(0)], halves[lanes(LANES)]]
         for s in range(2):
             T.buffer_store(out, pick(vectors, lambda k, s=s: _place(LANES * s + k)), [lanes(LANES * s)])

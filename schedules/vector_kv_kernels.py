@@ -9,11 +9,16 @@ from tvm import tirx
 from tvm.target import Target
 
 from rotquant_tvm.ops.rotate import RotationShape
+from rotquant_tvm.ops.score import ScoreShape
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .attention_decode_llvm import attention_decode_llvm
 from .attention_prefill_llvm import attention_prefill_llvm
 from .rotate_llvm import rotate_llvm
+from .score_llvm import score_llvm
+
+HAND_LAID_ATTR = "rotquant.hand_laid"
+"""Function attribute of such a kernel: the name of what laid it out."""
 
 ATTENTION: dict[str, Callable[[SiteShape, Target], tirx.PrimFunc]] = {
     "attention_decode": attention_decode_llvm,
@@ -23,7 +28,7 @@ ATTENTION: dict[str, Callable[[SiteShape, Target], tirx.PrimFunc]] = {
 
 @tvm.transform.module_pass(opt_level=0, name="VectorKVKernels")
 class VectorKVKernels:
-    """Replace attention and rotate definitions, which carry their shapes, by vector kernels of the same interface."""
+    """Replace attention, rotate and score definitions, which carry their shapes, by vector kernels like them."""
 
     def __init__(self, target: Target | None = None) -> None:
         """Set the llvm target; None means the one that is current when the pass runs."""
@@ -42,8 +47,11 @@ class VectorKVKernels:
 
 def _vector_kernel(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     """Build the kernel that does what ``func`` says it does; None if there is none."""
-    rotation, site = RotationShape.of(func), SiteShape.of(func)
+    rotation, site, score = RotationShape.of(func), SiteShape.of(func), ScoreShape.of(func)
     if rotation is not None:
-        return rotate_llvm(rotation, target)
+        kernel = rotate_llvm(rotation, target)
+        return kernel and kernel.with_attr(HAND_LAID_ATTR, rotate_llvm.__name__)
+    if score is not None:
+        return score_llvm(score, target).with_attr(HAND_LAID_ATTR, score_llvm.__name__)
     build = ATTENTION.get(str(func.attrs[OP_ATTR])) if site is not None else None
-    return build(site, target) if build is not None else None
+    return build(site, target).with_attr(HAND_LAID_ATTR, build.__name__) if build is not None else None

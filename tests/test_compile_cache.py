@@ -12,13 +12,14 @@ import pytest
 from rotquant_tvm import compile_cache, compiler
 from rotquant_tvm.compile_cache import CompileCache, cache_folder, model_digest
 from rotquant_tvm.errors import DeviceError, FormatError, ModelError, UsageError
-from rotquant_tvm.kv_cache_config import KVCacheConfig
+from rotquant_tvm.kv_cache_config import KVCacheConfig, LayerFormats
 from rotquant_tvm.runtime import read_artifact, write_artifact
+from rotquant_tvm.runtime.cache_info import INFO_VERSION, LAYOUT_VERSION
 
 LAYER = {"kv_heads": 1, "head_dim": 32, "k": "f16", "v": "f16", "tile_bytes": 4096}
-INFO = {"version": 1, "layout_version": 1, "layers": [LAYER], "vocab_size": 8, "max_position": 64}
+INFO = {"version": INFO_VERSION, "layout_version": LAYOUT_VERSION, "layers": [LAYER], "vocab_size": 8}
 ENDS = ("partial", "replaced", "partial")
-INFO |= {"dtype": "float32", "weights": ["weight_0000"]}
+INFO |= {"max_position": 64, "dtype": "float32", "weights": ["weight_0000"]}
 
 
 @dataclass
@@ -37,12 +38,12 @@ def compiles(monkeypatch):
     """Replace import and compile; returns the list of what was compiled."""
     done = []
 
-    def compile(model, config, target, *, capacity, progress):
+    def compile(model, config, target, *, input_shapes, capacity, progress):
         done.append((str(model), config.formats.name, capacity))
         return FakeCompiled(f"{model} {config} {capacity}")
 
     monkeypatch.setattr(compiler, "compile", compile)
-    monkeypatch.setattr(compile_cache, "import_model", lambda path, dtype: f"{path} as {dtype}")
+    monkeypatch.setattr(compile_cache, "import_model", lambda path, dtype, every_logit: f"{path} {dtype} {every_logit}")
     return done
 
 
@@ -64,6 +65,12 @@ def test_the_same_compile_is_done_once(cache, model, compiles):
     assert len(compiles) == 1 and read_artifact(second.path).path.parent == cache.folder
 
 
+def test_weights_that_entries_have_in_common_lie_on_disk_once(cache, model, compiles):
+    first, second = (cache.artifact(model, name).path for name in ("rq3", "iso3"))
+    assert (first / "weights.safetensors").samefile(second / "weights.safetensors")
+    assert not (first / "model.so").samefile(second / "model.so")
+
+
 def test_another_process_finds_it(cache, model, compiles):
     assert not cache.artifact(model).found
     assert CompileCache(cache.folder).artifact(model).found
@@ -76,7 +83,7 @@ def test_a_copy_of_the_model_is_the_same_model(cache, model, compiles, tmp_path)
 
 def test_spellings_of_the_same_format_share_an_entry(cache, model, compiles):
     assert not cache.artifact(model, "rq3").found
-    assert cache.artifact(model, "hurwitz3/rq3").found
+    assert cache.artifact(model, "rq3/hurwitz3").found
     assert cache.artifact(model, KVCacheConfig.parse("rq3")).found
 
 
@@ -86,6 +93,10 @@ def test_spellings_of_the_same_format_share_an_entry(cache, model, compiles):
         {"kv_cache": "rq4"},
         {"kv_cache": "rq3/rq4"},
         {"kv_cache": KVCacheConfig.parse("rq3", seed=1)},
+        {"kv_cache": KVCacheConfig(LayerFormats.parse("rq3"), quantize_chunk=True)},
+        {"kv_cache": "rq3,sinks=7"},
+        {"every_logit": True},
+        {"input_shapes": {"ids": [1, -1]}},
         {"kv_layers": "0=f16"},
         {"kv_layers": "-1=f16"},
         {"capacity": 64},
@@ -97,6 +108,12 @@ def test_whatever_decides_the_result_makes_a_new_entry(cache, model, compiles, c
     first = cache.artifact(model, "rq3")
     second = cache.artifact(model, **{"kv_cache": "rq3"} | change)
     assert not second.found and second.path != first.path and len(compiles) == 2
+
+
+def test_dynamic_shapes_are_the_usual_ones(cache, model, compiles):
+    assert not cache.artifact(model, input_shapes={"ids": [-1, -1]}).found and cache.artifact(model).found
+    assert not cache.artifact(model, input_shapes={"ids": [2, -1]}).found
+    assert not cache.artifact(model, input_shapes={"ids": [3, -1]}).found
 
 
 def test_other_content_versions_or_sources_make_a_new_entry(cache, model, compiles, monkeypatch):
@@ -216,6 +233,8 @@ def test_bad_arguments_are_refused_before_anything_is_compiled(cache, model, com
         cache.artifact(model, "iso9")
     with pytest.raises(UsageError, match="kv_layers"):
         cache.artifact(model, KVCacheConfig.parse("rq3"), kv_layers="0=f16")
+    with pytest.raises(UsageError, match="seq is fixed"):
+        cache.artifact(model, input_shapes={"ids": [1, 8]})
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="XDG_CACHE_HOME"):
         CompileCache(tmp_path / "file" / "cache").artifact(model)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from transformers.cache_utils import DynamicCache
+from tvm import relax
 
 import rotquant_tvm
 from rotquant_tvm import compiler, linker
@@ -21,6 +22,7 @@ from rotquant_tvm.errors import DeviceError, FormatError, ModelError, RotQuantEr
 from rotquant_tvm.formats import TileLayout
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.pass_hooks import PassHooks
+from rotquant_tvm.pipeline import pass_names
 from rotquant_tvm.report import cache_bytes
 
 from .ops.reference import unpack_words
@@ -144,6 +146,54 @@ def test_the_report_of_layer_overrides():
     assert compiled("rq3").info["max_position"] == 128
 
 
+def test_the_report_names_each_layers_kernels():
+    report = compiled("layers").report
+    used = [{kernel["operator"]: kernel["kernel"] for kernel in layer["kernels"]} for layer in report["layers"]]
+    for operator in ("append", "attention_prefill", "attention_decode"):
+        assert used[0][operator] != used[1][operator]
+        assert {used[0][operator], used[1][operator]} <= set(report["kernels"])
+    assert "kv_cache_info" not in report["kernels"]  # a function, not a kernel
+
+
+def test_the_report_has_the_seconds_of_the_pipelines_passes():
+    report = compiled("rq3").report
+    assert {"FindAttention", "QuantizeKVCache", "LowerKVOps", "FuseTIR"} <= set(report["pass_seconds"])
+    assert set(report["pass_seconds"]) <= set(pass_names(compiled("rq3").target))
+    stages = report["seconds"]["rewrite the KV cache"] + report["seconds"]["schedule"]
+    assert 0 < sum(report["pass_seconds"].values()) <= stages + 0.02
+
+
+def test_a_fixed_batch():
+    """The library computes the same for that batch, and refuses every other by name."""
+    fixed = rotquant_tvm.compile(_imported(), "rq3", capacity=CAPACITY, input_shapes={"ids": [2, -1]})
+    assert fixed.info["batch"] == fixed.report["batch"] == 2 and "batch" not in compiled("rq3").info
+    library = fixed.library()
+    session, free = library.session(), compiled("rq3").session(batch=2)
+    assert session.batch == 2
+    for rows in ([[3, 4, 5], [6]], [[7], list(range(8, 48))]):
+        np.testing.assert_allclose(session.prefill(rows), free.prefill(rows), atol=2e-6)
+    np.testing.assert_allclose(session.decode([10, 11]), free.decode([10, 11]), atol=2e-6)
+    for refused in (
+        lambda: library.session(batch=3),
+        lambda: session.reset(batch=1),
+        lambda: session.reorder([0]),
+        lambda: session.generate([3, 4], max_tokens=1),
+    ):
+        with pytest.raises(UsageError, match=r"compiled for a batch of 2 .*use batch=2"):
+            refused()
+    np.testing.assert_array_equal(session.lengths, [5, 42])
+    assert len(session.generate([[3, 4], [5]], max_tokens=2)) == 2
+
+
+def test_a_batch_that_the_import_has_fixed_otherwise():
+    imported = _imported()
+    size = imported.mod["main"].params[0].ty.shape[0]
+    single = dataclasses.replace(imported, mod=relax.transform.BindSymbolicVars({size: 1}, "main")(imported.mod))
+    assert compiler._with_batch(single.mod, 1).same_as(single.mod)
+    with pytest.raises(UsageError, match="batch is 2, and the model was imported for 1"):
+        compiler._with_batch(single.mod, 2)
+
+
 def test_a_saved_model_computes_the_same(tmp_path):
     model = compiled("rq3")
     artifact = model.save(tmp_path / "model")
@@ -216,6 +266,8 @@ def test_stages_and_passes_are_told():
     ("arguments", "error", "message"),
     [
         ({"kv_cache": "rq9"}, FormatError, "unknown KV format 'rq9'"),
+        ({"input_shapes": {"ids": [1, 64]}}, UsageError, "seq is fixed to 64"),
+        ({"input_shapes": {"tokens": [1, -1]}}, UsageError, "no input 'tokens'"),
         ({"kv_cache": "rq3", "capacity": 0}, UsageError, "the capacity is 0 tokens; it must be 1 or more"),
         ({"kv_cache": "rq3", "target": "opencl"}, UsageError, "opencl"),
         ({"kv_cache": "rq3", "kv_layers": "2=f16"}, UsageError, "layer override 2: the model has layers 0 to 1"),

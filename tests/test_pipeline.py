@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import rotquant_tvm.passes  # noqa: F401  (registers our exceptions with TVM)
 import tvm
@@ -55,6 +57,19 @@ def test_disabled_passes_do_not_run():
     names = []
     mod = run(PassHooks(lambda name, _: names.append(name), disabled=["Outer"]), Outer(), Inner())
     assert names == ["Inner"] and not mod.attrs
+
+
+def test_timed_hooks_call_the_hooks_and_leave_their_time_out():
+    calls, timer = [], PassTimer()
+
+    def slow(name, _mod):
+        calls.append(name)
+        time.sleep(0.05)
+
+    run(PassHooks(slow, slow, disabled=["Inner"]).timed(timer), Outer(), Inner())
+    assert calls == ["Outer", "Outer"]
+    assert timer.seconds(["Inner", "Outer", "Absent"]) == {"Outer": timer.times[0].seconds}
+    assert 0 < timer.times[0].seconds < 0.05
 
 
 def test_times_nest():

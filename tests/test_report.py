@@ -25,7 +25,8 @@ def info(*layers):
 
 def report(*layers, mod=None):
     target = tvm.target.Target("llvm")
-    return compile_report(info(*layers), {"model_type": "llama"}, target, {"import": 1.2345}, mod or tvm.IRModule())
+    seconds = ({"import": 1.2345}, mod or tvm.IRModule(), {"FuseTIR": 0.12345})
+    return compile_report(info(*layers), {"model_type": "llama"}, target, *seconds)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +61,20 @@ def test_layers_are_described_one_by_one():
 
 
 def test_kernels_times_and_target():
-    mod = tvm.IRModule({"kv_advance": advance(Axes("llvm")), "other": advance(Axes("llvm"))})
+    kernel = advance(Axes("llvm"))
+    mod = tvm.IRModule({"kv_advance": kernel, "other": kernel.without_attr("rotquant.op")})
     found = report(("rq3", 64, 1), mod=mod)
     assert found["kernels"] == ["kv_advance"]
-    assert found["seconds"] == {"import": 1.23}
+    assert found["seconds"] == {"import": 1.23} and found["pass_seconds"] == {"FuseTIR": 0.1235}
     assert "llvm" in found["target"]
+
+
+def test_a_fixed_batch_is_told():
+    described = info(("rq3", 64, 1))
+    for batch in (None, 3):
+        fixed = described | ({} if batch is None else {"batch": batch})
+        found = compile_report(fixed, {"model_type": "llama"}, tvm.target.Target("llvm"), {}, tvm.IRModule())
+        assert found["batch"] == batch
 
 
 def test_it_is_plain_data():

@@ -3,6 +3,7 @@
 For example:
   tvmc compile model.gguf --kv-cache rq3 -o model.rq
   tvmc compile ./llama --kv-cache iso3/planar3 --kv-layers "0,-1=f16" --target cuda
+  tvmc compile model.gguf --input-shapes "ids:[1,-1]"
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotquant_tvm.cli import dump_code, model_files, pass_options
-from rotquant_tvm.cli.options import add_kv_options, kv_cache_text, words
+from rotquant_tvm.cli.options import add_kv_options, input_shapes, kv_cache_text, words
 from rotquant_tvm.cli.output import Output
 from rotquant_tvm.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from rotquant_tvm import CompiledModel, KVCacheConfig
 
 SUMMARY = "compile a model with a packed KV cache"
@@ -43,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "float16"),
         default="float32",
         help="of the weights and of what is computed with them (default: float32)",
+    )
+    parser.add_argument(
+        "--input-shapes",
+        metavar="SHAPES",
+        type=input_shapes,
+        help="'ids:[4,-1]' compiles for a batch of 4 alone; -1 is dynamic (default: ids:[-1,-1])",
     )
     parser.add_argument(
         "-o", "--output", metavar="DIR", help="the artifact's folder (default: MODEL's name with .rq, here)"
@@ -122,6 +127,7 @@ def _compile(
         model,
         config,
         target,
+        input_shapes=arguments.input_shapes,
         capacity=arguments.kv_capacity,
         dtype=arguments.dtype,
         opt_level=arguments.opt_level,
@@ -142,7 +148,7 @@ def _compile(
 def _show(
     compiled: CompiledModel, artifact: Path, files: list[Path], watch: pass_options.PassWatch, output: Output
 ) -> None:
-    from rotquant_tvm.cli.report_table import report_line, report_table, target_text
+    from rotquant_tvm.cli.report_table import report_parts, target_text
 
     report = compiled.report
     document: dict[str, Any] = {
@@ -151,7 +157,7 @@ def _show(
         "report": report,
         "files": [str(file) for file in files],
     }
-    shown: list[Table | str] = [report_table(report), report_line(report)]
+    shown = report_parts(report)
     if watch.timer is not None:
         document["pass_times"] = pass_options.pass_times(watch.timer)
         shown.append(pass_options.pass_times_table(watch.timer))

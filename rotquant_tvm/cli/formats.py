@@ -67,12 +67,18 @@ def _describe(name: str, fmt: Any, dims: list[int]) -> dict[str, Any]:
         "rotation": fmt.rotation,
         "codebook": fmt.codebook,
         "gain": fmt.gain,
-        "bits": fmt.bits,
+        "bits": _bits_per_code(fmt),
         "head_dims": taken,
         "head_dims_text": _span(taken),
         "bits_per_element": {str(dim): fmt.bits_per_element(dim) for dim in shown},
         "bytes_per_token": {str(dim): 2 * dim * fmt.bits_per_element(dim) / 8 for dim in shown},
     }
+
+
+def _bits_per_code(fmt: Any) -> int | float:
+    """Bits per code on average over the channels, a sketch's signs included."""
+    bits = fmt.bits + fmt.plane_dims(64) / 64
+    return int(bits) if bits == int(bits) else bits
 
 
 def _head_dims_taken(fmt: Any) -> list[int]:

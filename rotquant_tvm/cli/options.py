@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from rotquant_tvm.errors import UsageError
+from rotquant_tvm.input_shapes import fixed_batch, parse_input_shapes
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,6 +79,16 @@ def join_layer_lists(argv: Sequence[str]) -> list[str]:
         else:
             joined.append(word)
     return joined
+
+
+def input_shapes(text: str) -> dict[str, list[int]]:
+    """Return the value of --input-shapes, checked."""
+    try:
+        shapes = parse_input_shapes(text)
+        fixed_batch(shapes)
+    except UsageError as error:  # argparse would hide its text: it is a ValueError
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return shapes
 
 
 def integer(least: int) -> Callable[[str], int]:

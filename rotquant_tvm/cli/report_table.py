@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +12,12 @@ from rich.table import Table
 from rotquant_tvm.cli.output import table
 
 _SHOWN = ("k", "v", "kv_heads", "head_dim", "k_bits", "v_bits", "bytes_per_token", "f16_bytes_per_token")
+
+
+def report_parts(report: Mapping[str, Any]) -> list[Table | str]:
+    """Return the whole report as it is shown: what is stored how, in one line, and the kernels."""
+    kernels = kernel_table(report)
+    return [report_table(report), report_line(report), *([kernels] if kernels.row_count else [])]
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
@@ -51,15 +57,44 @@ def report_table(report: Mapping[str, Any]) -> Table:
     return table("KV cache", columns, rows, left=4)
 
 
+def kernel_table(report: Mapping[str, Any]) -> Table:
+    """Return one row per KV kernel: the layers and functions that use it, and where it comes from."""
+    users: dict[str, list[int]] = {}
+    kernels: dict[str, dict[str, Any]] = {}
+    for layer in report["layers"]:
+        for kernel in layer.get("kernels", ()):
+            users.setdefault(kernel["kernel"], []).append(layer["layer"])
+            kernels[kernel["kernel"]] = kernel
+    rows = [
+        [_spans(users[name]), kernel["operator"], name, " and ".join(kernel["functions"]), kernel["source"]]
+        for name, kernel in kernels.items()
+    ]
+    return table("KV kernels", ["layers", "operator", "kernel", "used by", "from"], rows, left=5)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Spell ascending numbers in short: ``0–3, 5``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return ", ".join("–".join(map(str, span)) for span in spans)
+
+
 def report_line(report: Mapping[str, Any]) -> str:
     """Return the report in one line."""
     formats = sorted(
         {layer["k"] if layer["k"] == layer["v"] else f"{layer['k']}/{layer['v']}" for layer in report["layers"]}
     )
+    policies = sorted({layer["policy"] for layer in report["layers"]} - {""})
+    sizes = ", ".join(f"{bits:.4g} at {int(tokens):,}" for tokens, bits in report["true_bits"].items())
+    everything = f"; bits per element with 16-bit segments, by tokens: {sizes}" if policies else ""
     return (
-        f"KV cache {', '.join(formats)}: {report['layers_rewritten']} layers, "
-        f"{report['bits_per_element']:.4g} bits per element, "
-        f"{report['bytes_per_token']:,.0f} bytes per token ({report['compression']:.3g}× smaller than f16)"
+        f"KV cache {', '.join(formats)}{''.join(f' ({policy})' for policy in policies)}: "
+        f"{report['layers_rewritten']} layers, {report['bits_per_element']:.4g} bits per element, "
+        f"{report['bytes_per_token']:,.0f} bytes per token ({report['compression']:.3g}× smaller than f16){everything}"
     )
 
 

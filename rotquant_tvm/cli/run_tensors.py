@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace, arrays: dict[str, np.ndarray], library: CompiledLibrary, output: Output) -> None:
     """Prefill ``repeat × number`` times, show the likeliest next token of each row, write the outputs."""
-    rows = token_rows(arrays, arguments.fill_mode, library.info.vocab_size)
+    info = library.info
+    rows = token_rows(arrays, arguments.fill_mode, info.vocab_size, info.batch or 1)
     longest = max(len(row) for row in rows)
     capacity = arguments.kv_capacity or max(longest, min(library.default_capacity, 32))
     session = library.session(len(rows), capacity)

@@ -57,14 +57,16 @@ def _check_fit(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def token_rows(arrays: Mapping[str, np.ndarray], fill_mode: str, vocab_size: int) -> list[np.ndarray]:
+def token_rows(
+    arrays: Mapping[str, np.ndarray], fill_mode: str, vocab_size: int, batch: int = 1
+) -> list[np.ndarray]:
     """Return one int row of token ids per sequence; ids that are missing are filled as ``fill_mode`` says.
 
-    Raises ModelError for ids outside the vocabulary.
+    ``batch``: how many rows are filled in if ``arrays`` do not tell. Raises ModelError for ids outside the vocabulary.
     """
     ids, lengths = arrays.get("ids"), arrays.get("new_lengths")
     if ids is None:
-        counts = np.array([FILLED_TOKENS]) if lengths is None else lengths
+        counts = np.full(batch, FILLED_TOKENS) if lengths is None else lengths
         ids = _filled((len(counts), int(counts.max())), fill_mode, vocab_size)
         lengths = counts
     if lengths is None:

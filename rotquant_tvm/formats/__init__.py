@@ -3,7 +3,9 @@
 from .codebook import CODEBOOK_BITS, HEAD_DIMS, Codebook
 from .codec import Codec, EncodedKV, sanitize
 from .gains import GAIN_RULES, HALF_MAX, IP_FLOOR
-from .kv_format import LINEAR_BLOCK, KVFormat, known_formats, parse_pair
+from .key_layout import KeyLayout
+from .kv_format import KVFormat, known_formats, parse_pair
+from .linear import LINEAR_BLOCK, LINEAR_LIMIT, NIBBLE_ZERO
 from .packing import (
     TOKENS,
     VERSION,
@@ -15,6 +17,9 @@ from .packing import (
     unpack_codes,
 )
 from .rotation import BlockLayer, Rotation, RotationFamily, block_reads, rotation_families, rotation_structure
+from .sketch import SignCodebook, draw_sketch
+from .split_codebook import SplitCodebook
+from .trellis import Trellis
 
 __all__ = [
     "CODEBOOK_BITS",
@@ -23,6 +28,8 @@ __all__ = [
     "HEAD_DIMS",
     "IP_FLOOR",
     "LINEAR_BLOCK",
+    "LINEAR_LIMIT",
+    "NIBBLE_ZERO",
     "TOKENS",
     "VERSION",
     "BlockLayer",
@@ -30,12 +37,17 @@ __all__ = [
     "Codec",
     "EncodedKV",
     "KVFormat",
+    "KeyLayout",
     "Rotation",
     "RotationFamily",
     "Section",
+    "SignCodebook",
+    "SplitCodebook",
     "TileLayout",
+    "Trellis",
     "block_reads",
     "code_pieces",
+    "draw_sketch",
     "gain_positions",
     "known_formats",
     "pack_codes",

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ..errors import FormatError
 from .codebook_tables import TABLES
@@ -71,6 +71,14 @@ class Codebook:
         for boundary in self.boundaries.astype(values.dtype):
             codes += values > boundary * radius
         return codes
+
+    def decode(self, codes: NDArray[np.uint8], dtype: DTypeLike = np.float64) -> NDArray[Any]:
+        """Return the centroids of codes."""
+        return self.centroids.astype(dtype)[codes]
+
+    def middle(self) -> int:
+        """Return the code of the elements of a vector of zeros."""
+        return int(2 ** (self.bits - 1))
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

@@ -1,7 +1,9 @@
 """The packed tile, layout version 1: 32 tokens of one kv head, as the attention kernel's fragments want them.
 
-A tile is its sections one after the other: K codes, V codes, K gains, V gains, and two reserved ones of 0
-bytes (for a trellis's bits, second gains, centring vectors). Nothing is padded.
+A tile is its sections one after the other: K codes, V codes, K gains, V gains, K extra, V extra. Nothing is padded.
+The extra sections are empty but for formats that have a plane of further bits (``KVFormat.plane_dims``: those of half
+of the channels, or a sketch's signs): bit ``bits`` of the codes of the first so many dims, laid out as the codes
+section of a 1-bit format of that head dimension.
 
 **Codes.** A kernel's lane l in 0..31 (g = l>>2, t = l&3) holds d/8 groups G of 8 codes: halves hf in {0, 1}
 of elements e in 0..3. With p = 2G+hf these are
@@ -184,8 +186,8 @@ class TileLayout:
             "v_codes": 4 * self.head_dim * self.v.bits,
             "k_gains": 2 * TOKENS * self.k.gains_per_vector(self.head_dim),
             "v_gains": 2 * TOKENS * self.v.gains_per_vector(self.head_dim),
-            "k_extra": 0,
-            "v_extra": 0,
+            "k_extra": 4 * self.k.plane_dims(self.head_dim),
+            "v_extra": 4 * self.v.plane_dims(self.head_dim),
         }
         sections, offset = {}, 0
         for name, nbytes in sizes.items():
@@ -207,8 +209,10 @@ class TileLayout:
             raise UsageError(
                 f"K and V codes are {list(k.codes.shape)} and {list(v.codes.shape)}; they must agree"
             )
-        parts = [pack_codes(self._codes(e, f), role, f.bits) for role, e, f in self._roles(k, v)]
-        parts += [_pack_gains(self._gain(e, f)) for _, e, f in self._roles(k, v)]
+        roles = [(role, *check_encoded(e, f, self.head_dim), f) for role, e, f in self._roles(k, v)]
+        parts = [pack_codes(low_bits(codes, f), role, f.bits) for role, codes, _, f in roles]
+        parts += [pack_gains(gain) for _, _, gain, _ in roles]
+        parts += [pack_plane(codes, role, f) for role, codes, _, f in roles]
         return np.concatenate(parts, axis=-1)
 
     def unpack(self, tiles: ArrayLike) -> tuple[EncodedKV, EncodedKV]:
@@ -222,43 +226,67 @@ class TileLayout:
                 f"tiles are {values.dtype} {list(values.shape)}; {self.k.name}/{self.v.name} at head_dim "
                 f"{self.head_dim} needs uint8 [..., {self.tile_bytes}]"
             )
-        return self._unpack_role(values, "k", self.k), self._unpack_role(values, "v", self.v)
+        sections, head_dim = self.sections, self.head_dim
+        return unpack_role(values, sections, "k", self.k, head_dim), unpack_role(values, sections, "v", self.v, head_dim)
 
     def _roles(self, k: EncodedKV, v: EncodedKV) -> tuple[tuple[Role, EncodedKV, KVFormat], ...]:
         return ("k", k, self.k), ("v", v, self.v)
 
-    def _codes(self, encoded: EncodedKV, kv_format: KVFormat) -> NDArray[Any]:
-        dtype = np.uint16 if kv_format.bits == 16 else np.uint8
-        codes = np.asarray(encoded.codes)
-        if codes.dtype != dtype or codes.shape[-2:] != (TOKENS, self.head_dim):
-            raise UsageError(
-                f"{kv_format.name} codes are {codes.dtype} {list(codes.shape)}; "
-                f"they must be {np.dtype(dtype)} [..., {TOKENS}, {self.head_dim}]"
-            )
-        if codes.size and int(codes.max()) >> kv_format.bits:
-            raise UsageError(f"{kv_format.name} codes reach {codes.max()}; {kv_format.bits} bits hold less")
-        return codes
 
-    def _gain(self, encoded: EncodedKV, kv_format: KVFormat) -> NDArray[np.float16]:
-        gain, count = np.asarray(encoded.gain), kv_format.gains_per_vector(self.head_dim)
-        if gain.dtype != np.float16 or gain.shape != (*encoded.codes.shape[:-1], count):
-            raise UsageError(
-                f"{kv_format.name} gains are {gain.dtype} {list(gain.shape)}; "
-                f"they must be float16 {[*encoded.codes.shape[:-1], count]}"
-            )
-        return gain
-
-    def _unpack_role(self, tiles: NDArray[np.uint8], role: Role, kv_format: KVFormat) -> EncodedKV:
-        def part(name: str) -> NDArray[np.uint8]:
-            section = self.sections[name]
-            return tiles[..., section.offset : section.offset + section.nbytes]
-
-        codes = unpack_codes(part(f"{role}_codes"), role, kv_format.bits, self.head_dim)
-        count = kv_format.gains_per_vector(self.head_dim)
-        return EncodedKV(codes, _unpack_gains(part(f"{role}_gains"), count))
+def check_encoded(
+    encoded: EncodedKV, kv_format: KVFormat, head_dim: int
+) -> tuple[NDArray[Any], NDArray[np.float16]]:
+    """Return codes [..., 32, d] and gains [..., 32, g]; raises ``UsageError`` if they are not the format's."""
+    dtype = np.uint16 if kv_format.bits == 16 else np.uint8
+    codes = np.asarray(encoded.codes)
+    if codes.dtype != dtype or codes.shape[-2:] != (TOKENS, head_dim):
+        raise UsageError(
+            f"{kv_format.name} codes are {codes.dtype} {list(codes.shape)}; "
+            f"they must be {np.dtype(dtype)} [..., {TOKENS}, {head_dim}]"
+        )
+    plane = kv_format.plane_dims(head_dim)
+    for part, bits in ((codes[..., :plane], kv_format.bits + 1), (codes[..., plane:], kv_format.bits)):
+        if part.size and int(part.max()) >> bits:
+            raise UsageError(f"{kv_format.name} codes reach {part.max()}; {bits} bits hold less")
+    gain, count = np.asarray(encoded.gain), kv_format.gains_per_vector(head_dim)
+    if gain.dtype != np.float16 or gain.shape != (*codes.shape[:-1], count):
+        raise UsageError(
+            f"{kv_format.name} gains are {gain.dtype} {list(gain.shape)}; "
+            f"they must be float16 {[*codes.shape[:-1], count]}"
+        )
+    return codes, gain
 
 
-def _pack_gains(gain: NDArray[np.float16]) -> NDArray[np.uint8]:
+def low_bits(codes: NDArray[Any], kv_format: KVFormat) -> NDArray[Any]:
+    """Return the bits of codes that the codes section holds."""
+    return codes & codes.dtype.type(2**kv_format.bits - 1)
+
+
+def pack_plane(codes: NDArray[Any], role: Role, kv_format: KVFormat) -> NDArray[np.uint8]:
+    """Pack the further bits of codes [..., 32, d] into an extra section: uint8 [..., 4·plane_dims]."""
+    plane = kv_format.plane_dims(codes.shape[-1])
+    if not plane:
+        return np.empty((*codes.shape[:-2], 0), np.uint8)
+    return pack_codes(np.ascontiguousarray(codes[..., :plane] >> kv_format.bits), role, 1)
+
+
+def unpack_role(
+    tiles: NDArray[np.uint8], sections: dict[str, Section], role: Role, kv_format: KVFormat, head_dim: int
+) -> EncodedKV:
+    """Return what the sections of one role in tiles [..., tile_bytes] hold."""
+
+    def part(name: str) -> NDArray[np.uint8]:
+        section = sections[f"{role}_{name}"]
+        return tiles[..., section.offset : section.offset + section.nbytes]
+
+    codes = unpack_codes(part("codes"), role, kv_format.bits, head_dim)
+    plane = kv_format.plane_dims(head_dim)
+    if plane:
+        codes[..., :plane] |= unpack_codes(part("extra"), role, 1, plane) << kv_format.bits
+    return EncodedKV(codes, _unpack_gains(part("gains"), kv_format.gains_per_vector(head_dim)))
+
+
+def pack_gains(gain: NDArray[np.float16]) -> NDArray[np.uint8]:
     """Pack float16 [..., 32, gains] into a gains section: uint8 [..., 64·gains]."""
     order = np.argsort(gain_positions())
     rows = np.ascontiguousarray(np.swapaxes(gain, -1, -2)[..., order], dtype="<f2")
@@ -266,6 +294,6 @@ def _pack_gains(gain: NDArray[np.float16]) -> NDArray[np.uint8]:
 
 
 def _unpack_gains(section: NDArray[np.uint8], count: int) -> NDArray[np.float16]:
-    """Undo ``_pack_gains``: uint8 [..., 64·gains] -> float16 [..., 32, gains]."""
+    """Undo ``pack_gains``: uint8 [..., 64·gains] -> float16 [..., 32, gains]."""
     rows = np.ascontiguousarray(section).view("<f2").reshape(*section.shape[:-1], count, TOKENS)
     return np.swapaxes(rows[..., gain_positions()], -1, -2)

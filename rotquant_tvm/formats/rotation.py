@@ -211,7 +211,11 @@ def rotation_families() -> dict[str, RotationFamily]:
 
 def rotation_family(family: str) -> RotationFamily:
     """Return a family by name; raises ``FormatError`` naming the known ones."""
+    from .sketch import FAMILY as GAUSSIAN  # not a rotation, but drawn, stored and applied as one
+
     families = rotation_families()
+    if family == GAUSSIAN.name:
+        return GAUSSIAN
     if family not in families:
         raise FormatError(f"unknown rotation '{family}'; known: {', '.join(sorted(families))}")
     return families[family]

@@ -18,40 +18,43 @@ DTYPES = ("float32", "float16")
 
 
 def import_model(
-    source: str | os.PathLike[str] | PreTrainedModel, *, dtype: str = "float32"
+    source: str | os.PathLike[str] | PreTrainedModel, *, dtype: str = "float32", every_logit: bool = False
 ) -> ImportedModel:
     """Import a decoder model: a transformers model object, its directory, or a .gguf file.
 
     ``dtype`` ("float32" or "float16") is that of the weights and the past when they come from files; a model
-    object keeps its own. Nothing is read from the network. Raises UsageError for another dtype, ModelError
-    for a source that cannot be imported or when an optional package is missing.
+    object keeps its own. ``every_logit``: the step returns the logits after every token, [batch, seq, vocab],
+    for measuring how well it predicts a text; sessions need the ordinary form. Nothing is read from the network.
+    Raises UsageError for another dtype, ModelError for a source that cannot be imported or when an optional
+    package is missing.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if not isinstance(source, (str, os.PathLike)):
-        return from_torch(source)
-    _require_torch()
+        return from_torch(source, every_logit=every_logit)
+    require_torch()
     import torch
 
     from rotquant_tvm.frontend.hf import load
     from rotquant_tvm.frontend.torch_import import import_torch_model
 
     loaded = load(Path(source), getattr(torch, dtype))
-    return import_torch_model(loaded.model, loaded.tokenizer)
+    return import_torch_model(loaded.model, loaded.tokenizer, every_logit)
 
 
-def from_torch(model: PreTrainedModel) -> ImportedModel:
+def from_torch(model: PreTrainedModel, *, every_logit: bool = False) -> ImportedModel:
     """Import a transformers causal LM from memory, in its own dtype; the tokenizer is None.
 
-    The model is left as it was, and its weights are shared. Raises ModelError if it cannot be imported.
+    ``every_logit`` as of ``import_model``. The model is left as it was, and its weights are shared. Raises
+    ModelError if it cannot be imported.
     """
-    _require_torch()
+    require_torch()
     from rotquant_tvm.frontend.torch_import import import_torch_model
 
-    return import_torch_model(model, None)
+    return import_torch_model(model, None, every_logit)
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
     """Check that torch and transformers can be imported."""
     try:
         import torch  # noqa: F401

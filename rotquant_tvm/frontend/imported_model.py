@@ -31,7 +31,8 @@ class ImportedModel:
 
     ``mod["main"]`` takes ids int32 [batch, seq], positions int32 [batch, seq], last int32 [batch] (the index
     of the token of each row whose logits are wanted), past_k_0, past_v_0, … [batch, kv_heads, past, head_dim]
-    and then the weights; it returns (logits float32 [batch, vocab], present_k_0, present_v_0, …) where each
+    and then the weights; it returns (logits float32 [batch, vocab], present_k_0, present_v_0, …), or, imported
+    with ``every_logit``, logits [batch, seq, vocab] without reading ``last``; each
     present is concat(past, new) along axis 2. Attention is one ``R.nn.attention`` per layer (BSHD,
     ``causal_mask`` "BottomRight"; a ``window_size`` of w lets a token see itself and the w - 1 before it).
 

@@ -84,8 +84,15 @@ def _softmax(node: fx.Node, importer: Any) -> relax.Var:
 
 
 def _embedding(node: fx.Node, importer: Any) -> relax.Var:
+    """Look rows up. Ids are clipped: TVM warns of the default mode, which trusts them, and that is not faster."""
     weight, ids = importer.retrieve_args(node)[:2]
-    return importer.block_builder.emit(R.take(weight, ids, axis=0))
+    return importer.block_builder.emit(R.take(weight, ids, axis=0, mode="clip"))
+
+
+def _select(node: fx.Node, importer: Any) -> relax.Var:
+    """Take one index of an axis; torch counts negative ones from the end."""
+    x, axis, index = importer.retrieve_args(node)
+    return importer.block_builder.emit(R.take(x, relax.const(index, "int64"), axis=axis, mode="wrap"))
 
 
 def _cast(node: fx.Node, importer: Any) -> relax.Expr:
@@ -109,6 +116,7 @@ CONVERTERS: dict[str, Converter] = {
     "addmm.default": _addmm,
     "embedding.default": _embedding,
     "layer_norm.default": _layer_norm,
+    "select.int": _select,
     "softmax.int": _softmax,
     "view.default": _reshape,
     "reshape.default": _reshape,

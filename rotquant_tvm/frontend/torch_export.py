@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from rotquant_tvm.frontend.quiet import first_line, quiet
 class DecoderStep(torch.nn.Module):
     """One step of ``model``: new tokens and the past in, logits and presents out.
 
-    After a run ``trace.calls`` lists the attentions of the model in their order.
+    After a run ``trace.calls`` lists the attentions of the model in their order. ``every_logit``: predict from
+    every token instead of from one of each row.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, every_logit: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.every_logit = every_logit
         self.trace = Trace(model.config.model_type)  # filled in place: export restores attributes
 
     def forward(
@@ -34,16 +36,19 @@ class DecoderStep(torch.nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """Run ids and positions int32 [batch, seq], last int32 [batch], past {"k_0", "v_0", "k_1", …}.
 
-        Returns (logits float32 [batch, vocab], present_k_0, present_v_0, …).
+        Returns (logits float32 [batch, vocab], present_k_0, present_v_0, …); with ``every_logit`` the logits are
+        [batch, seq, vocab] and ``last`` is not read.
         """
         tensors = list(past.values())
         cache = GrowingCache(list(zip(tensors[::2], tensors[1::2], strict=True)), self.trace.model_type)
-        with recording(self.trace, cache), _logits_only_at(self.model, last):
+        chosen = nullcontext() if self.every_logit else _logits_only_at(self.model, last)
+        with recording(self.trace, cache), chosen:
             output = self.model(
                 input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
             )
         presents = cache.presents()
-        return (output.logits[:, 0].float(), *presents)
+        logits = output.logits if self.every_logit else output.logits[:, 0]
+        return (logits.float(), *presents)
 
 
 @contextmanager
@@ -122,8 +127,13 @@ def probe_attention(model: PreTrainedModel) -> list[AttentionCall]:
     return calls
 
 
-def export_step(model: PreTrainedModel, calls: list[AttentionCall]) -> ExportedProgram:
-    """Export one step of ``model`` with dynamic batch, seq and past. Raises ModelError if torch cannot."""
+def export_step(
+    model: PreTrainedModel, calls: list[AttentionCall], every_logit: bool = False
+) -> ExportedProgram:
+    """Export one step of ``model`` with dynamic batch, seq and past.
+
+    ``every_logit`` as of :class:`DecoderStep`. Raises ModelError if torch cannot.
+    """
     batch, seq, past = Dim("batch"), Dim("seq"), Dim("past")
     b, s, p = 2, 3, 5
     device = model.device
@@ -141,7 +151,7 @@ def export_step(model: PreTrainedModel, calls: list[AttentionCall]) -> ExportedP
         "last": {0: batch},
         "past": {name: {0: batch, 2: past} for name in pasts},
     }
-    step = DecoderStep(model)
+    step = DecoderStep(model, every_logit)
     inputs = (ids, positions, last, pasts)
     try:
         with quiet():

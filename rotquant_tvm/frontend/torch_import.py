@@ -16,12 +16,17 @@ from rotquant_tvm.frontend.imported_model import ImportedModel, TokenizerData
 from rotquant_tvm.frontend.torch_export import export_step, probe_attention, rotquant_attention
 
 
-def import_torch_model(model: PreTrainedModel, tokenizer: TokenizerData | None) -> ImportedModel:
-    """Import a model and leave it as it was. Raises ModelError if the canonical form cannot hold it."""
+def import_torch_model(
+    model: PreTrainedModel, tokenizer: TokenizerData | None, every_logit: bool = False
+) -> ImportedModel:
+    """Import a model and leave it as it was; ``every_logit`` as of ``import_model``.
+
+    Raises ModelError if the canonical form cannot hold it.
+    """
     _check_model(model)
     with rotquant_attention(model):
         calls = probe_attention(model)
-        program = export_step(model, calls)
+        program = export_step(model, calls, every_logit)
     canonical = to_canonical(program, calls, model.config.model_type)
     names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters()))}
     return ImportedModel(

@@ -11,9 +11,8 @@ from tvm.tirx.script.builder import ir as T
 
 from ..formats import Codec, TileLayout
 from .axes import Axes
-from .tile_access import CodeSection, code_section, gain_position, u32
-from .tile_pack import PERIOD, Pieces, WordUpdate, half_word_pieces, tail_pieces, word_pieces
-from .vector_code import EncodeBuffers, emit_encode, register, rotation_size
+from .tile_writer import TileWriter
+from .vector_code import EncodeBuffers, emit_encode, register
 
 Expr = Any
 
@@ -22,13 +21,13 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
     """Build ``append(cache, k, v, rotation_k, rotation_v, lengths, new_lengths)``; ``cache`` is updated in place.
 
     Shapes: cache uint32 [batch, kv_heads, tiles, tile_bytes/4]; k, v ``dtype`` [batch, kv_heads, seq, head_dim], raw;
-    rotations float32 (``Rotation.data``); lengths int32 [batch], *after* the append; new_lengths int32 [batch], how
+    rotations float32 (``Codec.coefficients``); lengths int32 [batch], *after* the append; new_lengths int32 [batch], how
     many of the ``seq`` tokens are real. Tokens past the capacity are dropped (sessions refuse them before).
     """
     head_dim = codec_k.head_dim
     layout = TileLayout(codec_k.format, codec_v.format, head_dim)
     batch, seq, tiles = (tir.Var(name, "int64") for name in ("batch", "seq", "tiles"))
-    rotation_sizes = [rotation_size(c.rotation.structure, head_dim) for c in (codec_k, codec_v)]
+    rotation_sizes = [codec.coefficients.size for codec in (codec_k, codec_v)]
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("append")
         T.func_attr({"rotquant.op": "append", "tirx.noalias": True})
@@ -56,7 +55,7 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
             zero = tir.const(0, "int64")
             count = register(tir.Select(tile < tiles, tir.max(last - first, zero), zero))
             for role, codec, x, rotation in zip("kv", (codec_k, codec_v), source, rotations, strict=True):
-                target = _TileWriter(cache, (b, head, tile), layout, role)
+                target = TileWriter(cache, (b, head, tile), layout, role)
                 with T.serial(0, count) as n:
                     token = first + n
                     emit_encode(
@@ -72,57 +71,3 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
                     )
                 target.pack(axes, codes, first, last, count)
     return builder.get()
-
-
-class _TileWriter:
-    """Emits the writes of one role's codes and gains into one tile."""
-
-    def __init__(self, cache: Any, tile: tuple[Expr, Expr, Expr], layout: TileLayout, role: str) -> None:
-        self.cache, self.tile, self.layout = cache, tile, layout
-        self.section: CodeSection = code_section(layout, role)
-        self.first_gain = layout.sections[f"{role}_gains"].offset // 2
-
-    def store_gain(self, token: Expr, row: Expr, gain: Expr) -> None:
-        half = self.first_gain + row * 32 + gain_position(token)
-        shift = (half % 2 * 16).astype("uint32")
-        index = [*self.tile, half // 2]
-        bits = tir.reinterpret("uint16", gain).astype("uint32") << shift
-        T.buffer_store(self.cache, self.cache[tuple(index)] & ~(u32(0xFFFF) << shift) | bits, index)
-
-    def pack(self, axes: Axes, codes: Any, first: Expr, last: Expr, count: Expr) -> None:
-        section, head_dim = self.section, self.section.head_dim
-
-        def code(token: Expr, dim: Expr) -> Expr:
-            return codes[token * head_dim + dim].astype("uint32")
-
-        def written(token: Expr) -> Expr:
-            return tir.all(token >= first, token < last)
-
-        update = WordUpdate(section, code, written)
-
-        def store(lane: Expr, word: Expr, pieces: list[Pieces], first_group: Expr) -> None:
-            index = [*self.tile, section.word_index(word, lane)]
-            update.start()
-            update.gather(pieces, first_group, lane)
-            T.buffer_store(self.cache, update.result(self.cache[tuple(index)]), index)
-
-        # Inside the lane loops, where no barrier is needed: a block without tokens must not touch its tile.
-        some = count > 0
-        words, groups = PERIOD[section.bits]
-        periods = section.words // words
-        with axes.lanes(32 * periods) as index, T.If(some), T.Then():
-            lane, period = index % 32, index // 32
-            for word in range(words):
-                store(lane, period * words + word, word_pieces(section.bits, word), period * groups)
-        pieces = half_word_pieces(section)
-        if not pieces:
-            return
-        if section.bits == 3:
-            with axes.lanes(32) as lane, T.If(some), T.Then():
-                store(lane, section.words - 1, tail_pieces(2, 2), periods * groups)
-        with axes.lanes(16) as pair, T.If(some), T.Then():
-            index = [*self.tile, section.half_word_index(pair * 2)[0]]
-            update.start()
-            for odd in range(2):
-                update.gather(pieces, periods * groups, pair * 2 + odd, shift=16 * odd)
-            T.buffer_store(self.cache, update.result(self.cache[tuple(index)]), index)

@@ -9,10 +9,11 @@ import tvm.tirx as tir
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from ..cache_policy import CachePolicy
 from ..formats import Codec, TileLayout
 from .axes import Axes
-from .dequantize import TileReader
 from .online_softmax import MASKED, OnlineSoftmax
+from .segments import Segments, segment_arguments
 from .vector_code import f32
 
 Expr = Any
@@ -29,11 +30,12 @@ def attention_decode(
     *,
     splits: int = 1,
     window: int | None = None,
+    policy: CachePolicy = CachePolicy(),
 ) -> tvm.tirx.PrimFunc:
-    """Build ``attention_decode(q, cache, lengths, out)``.
+    """Build ``attention_decode(q, cache[[, centre], plain, packed], lengths, out)``.
 
-    Shapes: q ``dtype`` [batch, 1, heads, head_dim], in the keys' rotated basis; cache uint32
-    [batch, kv_heads, tiles, tile_bytes/4] with the new token already appended; lengths int32 [batch]; out ``dtype``
+    Shapes: q ``dtype`` [batch, 1, heads, head_dim], in the keys' rotated basis; the cache's arrays as
+    ``segment_arguments`` says, with the new token already appended; lengths int32 [batch]; out ``dtype``
     [batch, 1, heads, head_dim], in the values' rotated basis (zero for a sequence of length 0). Tokens past the
     capacity, which append drops, are not read.
     ``heads`` is a multiple of ``kv_heads`` (grouped queries). ``window`` keeps the last so many tokens only.
@@ -46,14 +48,15 @@ def attention_decode(
         T.func_name("attention_decode")
         T.func_attr({"rotquant.op": "attention_decode", "tirx.noalias": True})
         q = T.arg("q", T.buffer((batch, 1, heads, head_dim), dtype))
-        cache = T.arg("cache", T.buffer((batch, kv_heads, tiles, words), "uint32"))
+        arrays = segment_arguments(layout, policy, batch, kv_heads, tiles)
         lengths = T.arg("lengths", T.buffer((batch,), "int32"))
         out = T.arg("out", T.buffer((batch, 1, heads, head_dim), dtype))
         partial = T.sblock_alloc_buffer((batch, kv_heads, splits, group, head_dim), "float32")
         sums = T.sblock_alloc_buffer((batch, kv_heads, splits, group, 2), "float32")
         with axes.blocks(batch * (kv_heads * splits)) as block, T.sblock("split"):
             piece = T.axis.spatial(batch * (kv_heads * splits), block)
-            T.reads(q[0:batch, 0, 0:heads, 0:head_dim], cache[0:batch, 0:kv_heads, 0:tiles, 0:words], lengths[0:batch])
+            whole = arrays[0][0:batch, 0:kv_heads, 0:tiles, 0:words]
+            T.reads(q[0:batch, 0, 0:heads, 0:head_dim], whole, lengths[0:batch])
             T.writes(
                 partial[0:batch, 0:kv_heads, 0:splits, 0:group, 0:head_dim],
                 sums[0:batch, 0:kv_heads, 0:splits, 0:group, 0:2],
@@ -61,7 +64,10 @@ def attention_decode(
             b, head, split = piece // (kv_heads * splits), piece // splits % kv_heads, piece % splits
             state = OnlineSoftmax(axes, group, head_dim)
             state.start(lambda row, dim: f32(q[b, 0, head * group + row, dim]), scale)
-            _stream(state, cache, lengths[b], (b, head, split), (codec_k, codec_v), layout, splits, window)
+            length = lengths[b]
+            oldest = tir.max(length - window, tir.const(0, "int32")) if window else tir.const(0, "int32")
+            segments = Segments(arrays, (codec_k, codec_v), layout, policy)
+            segments.stream(state, (b, head), length, oldest, split.astype("int32"), splits)
 
             def store_sums(row: Expr, peak: Expr, total: Expr) -> None:
                 T.buffer_store(sums, peak, [b, head, split, row, 0])
@@ -72,35 +78,6 @@ def attention_decode(
             )
         merge_splits(axes, partial, sums, out, (batch, kv_heads, splits, group, head_dim), dtype)
     return builder.get()
-
-
-def _stream(
-    state: OnlineSoftmax,
-    cache: Any,
-    length: Expr,
-    where: tuple[Expr, Expr, Expr],
-    codecs: tuple[Codec, Codec],
-    layout: TileLayout,
-    splits: int,
-    window: int | None,
-) -> None:
-    """Feed one split's share of the tiles of a sequence to the online softmax."""
-    b, head, split = where
-    first = tir.max(length - window, tir.const(0, "int32")) if window else tir.const(0, "int32")
-    begin = T.Bind(first // 32)
-    length = T.Bind(tir.min(length, (cache.shape[2] * 32).astype("int32")))
-    share = T.Bind(((length + 31) // 32 - begin + (splits - 1)) // splits)
-    keys, values = (TileReader(cache, c, layout, role) for c, role in zip(codecs, "kv", strict=True))
-    start = T.Bind(begin + split.astype("int32") * share)
-    # A loop that may be empty, not a condition: the compiler puts no barrier inside a condition.
-    with T.serial(0, tir.max(tir.min(share, (length + 31) // 32 - start), tir.const(0, "int32"))) as step:
-        tile = start + step
-        at = (b, head, tile)
-        state.tile(
-            lambda token, dim: keys.value(at, token, dim),
-            lambda token, dim: values.value(at, token, dim),
-            lambda token: tir.all(tile * 32 + token < length, tile * 32 + token >= first),
-        )
 
 
 def merge_splits(axes: Axes, partial: Any, sums: Any, out: Any, shape: tuple[Any, ...], dtype: str) -> None:

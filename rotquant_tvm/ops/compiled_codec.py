@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm
@@ -16,6 +16,9 @@ from .axes import Axes
 from .quantize import dequantize, quantize, roundtrip
 from .rotate import rotate
 from .tensor_kinds import FLOATS, TensorKind, kind_of
+
+if TYPE_CHECKING:
+    from ..vector_index import SearchKernels, VectorIndex
 
 Shape = tuple[int, ...]
 
@@ -37,7 +40,8 @@ class CompiledCodec:
         self.target = resolve_target(target)
         self._device = tvm.runtime.device("cuda" if self.target.kind.name == "cuda" else "cpu", 0)
         self._kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._coefficients: dict[tuple[str, bool], tvm.runtime.Tensor] = {}
+        self._search: SearchKernels | None = None
+        self._coefficients: dict[tuple[str, str], tvm.runtime.Tensor] = {}
 
     @property
     def format(self) -> KVFormat:
@@ -66,7 +70,7 @@ class CompiledCodec:
         gain = kind.empty((rows, max(1, gains)), "float16")
         kernel = self._kernel(quantize, self.codec, kind.dtype(x))
         if rows:
-            kernel(kind.argument(x, (rows, self.head_dim)), self._rotation(kind, False), codes, gain)
+            kernel(kind.argument(x, (rows, self.head_dim)), self._data(kind, "coefficients"), codes, gain)
         if not gains:
             gain = kind.empty((rows, 0), "float16")
         return EncodedKV(kind.result(codes, shape), kind.result(gain, (*shape[:-1], gains)))
@@ -86,28 +90,39 @@ class CompiledCodec:
         kernel = self._kernel(dequantize, self.codec, name)
         if rows:
             gain = kind.argument(gain, (rows, gains)) if gains else kind.empty((rows, 1), "float16")
-            kernel(kind.argument(codes, (rows, self.head_dim)), gain, self._rotation(kind, True), out)
+            kernel(kind.argument(codes, (rows, self.head_dim)), gain, self._data(kind, "inverse_coefficients"), out)
         return kind.result(out, shape)
 
     def rotate(self, x: Any) -> Any:
         """Return R x for x [..., d], in the dtype it is read in."""
-        return self._map(x, rotate, self.codec.rotation.structure, self.head_dim, inverse=(False,))
+        return self._map(x, rotate, self.codec.rotation.structure, self.head_dim, data=("rotation",))
 
     def unrotate(self, y: Any) -> Any:
         """Return Rᵀ y for y [..., d], in the dtype it is read in."""
-        return self._map(y, rotate, self.codec.inverse_rotation.structure, self.head_dim, inverse=(True,))
+        return self._map(y, rotate, self.codec.inverse_rotation.structure, self.head_dim, data=("inverse_rotation",))
 
     def roundtrip(self, x: Any) -> Any:
         """Encode and decode x [..., d] in one kernel; the result has the dtype it is read in."""
-        return self._map(x, roundtrip, self.codec, inverse=(False, True))
+        return self._map(x, roundtrip, self.codec, data=("coefficients", "inverse_coefficients"))
 
-    def _map(self, x: Any, operator: Callable[..., Any], *arguments: Any, inverse: tuple[bool, ...]) -> Any:
+    def index(self, vectors: Any) -> VectorIndex:
+        """Encode vectors [n, d] into an index that is searched by inner product.
+
+        Raises ``UsageError`` for another shape.
+        """
+        from ..vector_index import SearchKernels, VectorIndex
+
+        if self._search is None:
+            self._search = SearchKernels(self.codec, self.target)
+        return VectorIndex(self._search, vectors)
+
+    def _map(self, x: Any, operator: Callable[..., Any], *arguments: Any, data: tuple[str, ...]) -> Any:
         kind, x, shape = self._vectors(x)
         flat = (1, 1, math.prod(shape[:-1]), self.head_dim)
         out = kind.empty(flat, kind.dtype(x))
         kernel = self._kernel(operator, *arguments, kind.dtype(x))
         if flat[2]:
-            kernel(kind.argument(x, flat), *(self._rotation(kind, which) for which in inverse), out)
+            kernel(kind.argument(x, flat), *(self._data(kind, name) for name in data), out)
         return kind.result(out, shape)
 
     def _vectors(self, x: Any) -> tuple[TensorKind, Any, Shape]:
@@ -130,10 +145,11 @@ class CompiledCodec:
             self._kernels[key] = tvm.compile(tvm.IRModule({"kernel": func}), self.target)["kernel"]
         return self._kernels[key]
 
-    def _rotation(self, kind: TensorKind, inverse: bool) -> tvm.runtime.Tensor:
-        key = (str(kind.device), inverse)
+    def _data(self, kind: TensorKind, name: str) -> tvm.runtime.Tensor:
+        """Coefficients on a tensor's device, by the name of the codec's property."""
+        key = (str(kind.device), name)
         if key not in self._coefficients:
-            rotation: Rotation = self.codec.inverse_rotation if inverse else self.codec.rotation
-            data = rotation.data if rotation.data.size else np.zeros(1, np.float32)
-            self._coefficients[key] = tvm.runtime.tensor(data, kind.device)
+            value = getattr(self.codec, name)
+            data = value.data if isinstance(value, Rotation) else value
+            self._coefficients[key] = tvm.runtime.tensor(data if data.size else np.zeros(1, np.float32), kind.device)
         return self._coefficients[key]

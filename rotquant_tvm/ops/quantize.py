@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import tvm
 import tvm.tirx as tir
 from tvm.script.ir_builder import IRBuilder
@@ -9,7 +12,10 @@ from tvm.tirx.script.builder import ir as T
 
 from ..formats import Codec
 from .axes import Axes
-from .vector_code import EncodeBuffers, code_value, emit_encode, emit_rotation, f32, gain_row, rotation_size
+from .sketch_code import sign_value, sketch_element
+from .vector_code import EncodeBuffers, element_value, emit_encode, emit_rotation, f32, gain_row
+
+Expr = Any
 
 
 def _code_dtype(codec: Codec) -> str:
@@ -19,13 +25,13 @@ def _code_dtype(codec: Codec) -> str:
 def quantize(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
     """Build ``quantize(x, rotation, codes, gain)``.
 
-    Shapes: x ``dtype`` [n, head_dim]; rotation float32 (``Rotation.data``); codes uint8 (uint16 for the 16-bit
+    Shapes: x ``dtype`` [n, head_dim]; rotation float32 (``Codec.coefficients``); codes uint8 (uint16 for the 16-bit
     formats) [n, head_dim]; gain float16 [n, gains], gains being at least 1 (unused by the 16-bit formats).
     """
     head_dim = codec.head_dim
     gains = max(1, codec.format.gains_per_vector(head_dim))
     n = tir.Var("n", "int64")
-    size = rotation_size(codec.rotation.structure, head_dim)
+    size = codec.coefficients.size
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("quantize")
         T.func_attr({"rotquant.op": "quantize", "tirx.noalias": True})
@@ -52,13 +58,12 @@ def quantize(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
 def dequantize(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
     """Build ``dequantize(codes, gain, rotation, y)``: the inverse of ``quantize``, un-rotated.
 
-    Shapes as there; ``rotation`` is the *inverse* rotation's data; y ``dtype`` [n, head_dim].
+    Shapes as there; ``rotation`` is ``Codec.inverse_coefficients``; y ``dtype`` [n, head_dim].
     """
     head_dim = codec.head_dim
     gains = max(1, codec.format.gains_per_vector(head_dim))
     n = tir.Var("n", "int64")
-    structure = codec.inverse_rotation.structure
-    size = rotation_size(structure, head_dim)
+    size = codec.inverse_coefficients.size
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("dequantize")
         T.func_attr({"rotquant.op": "dequantize", "tirx.noalias": True})
@@ -70,14 +75,10 @@ def dequantize(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
             row = T.axis.spatial(n, block)
             T.reads(codes[row, 0:head_dim], gain[row, 0:gains], rotation[0:size])
             T.writes(y[row, 0:head_dim])
-            buffers = [T.sblock_alloc_buffer((head_dim,), "float32", scope=axes.scratch) for _ in range(2)]
-            with axes.lanes(head_dim) as dim:
-                value = code_value(codec, codes[row, dim].astype("uint32"))
-                which = gain_row(codec.format, dim)
-                if which is not None:
-                    value = value * gain[row, which].astype("float32")
-                T.buffer_store(buffers[0], value, [dim])
-            result = emit_rotation(axes, structure, head_dim, rotation, *buffers)
+            count = 2 if codec.sketch is None else 3
+            buffers = [T.sblock_alloc_buffer((head_dim,), "float32", scope=axes.scratch) for _ in range(count)]
+            code = lambda dim: codes[row, dim].astype("uint32")  # noqa: E731
+            result = _emit_decode(axes, codec, rotation, code, lambda g: f32(gain[row, g]), buffers)
             with axes.lanes(head_dim) as dim:
                 T.buffer_store(y, result[dim].astype(dtype), [row, dim])
     return builder.get()
@@ -86,13 +87,14 @@ def dequantize(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
 def roundtrip(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
     """Build ``roundtrip(x, rotation, inverse, y)``: quantize then dequantize, in one launch.
 
-    Shapes: x, y ``dtype`` [n0, n1, n2, head_dim]; rotation and inverse float32 (``Rotation.data`` of each).
+    Shapes: x, y ``dtype`` [n0, n1, n2, head_dim]; rotation and inverse float32 (``Codec.coefficients`` and
+    ``Codec.inverse_coefficients``).
     """
-    head_dim, structure = codec.head_dim, codec.rotation.structure
+    head_dim = codec.head_dim
     sizes = [tir.Var(f"n{i}", "int64") for i in range(3)]
     rows = sizes[0] * sizes[1] * sizes[2]
     gains = max(1, codec.format.gains_per_vector(head_dim))
-    length = rotation_size(structure, head_dim)
+    length = codec.coefficients.size
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("roundtrip")
         T.func_attr({"rotquant.op": "roundtrip", "tirx.noalias": True})
@@ -106,20 +108,45 @@ def roundtrip(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
             T.writes(y[(*at, slice(0, head_dim))])
             buffers = EncodeBuffers(axes, head_dim)
             values = T.sblock_alloc_buffer((head_dim,), "float32", scope=axes.scratch)
+            codes = T.sblock_alloc_buffer((head_dim,), "uint16", scope=axes.scratch)
             gain = T.sblock_alloc_buffer((gains,), "float32", scope=axes.scratch)
             emit_encode(
                 axes,
                 codec,
                 rotation,
                 lambda dim: x[(*at, dim)],
-                lambda dim, code: T.buffer_store(values, code_value(codec, code), [dim]),
+                lambda dim, code: T.buffer_store(codes, code.astype("uint16"), [dim]),
                 lambda g, value: T.buffer_store(gain, f32(value), [g]),
                 buffers,
             )
-            with axes.lanes(head_dim) as dim:
-                which = gain_row(codec.format, dim)
-                T.buffer_store(values, values[dim] * (f32(1) if which is None else gain[which]), [dim])
-            result = emit_rotation(axes, codec.inverse_rotation.structure, head_dim, inverse, values, buffers.x)
+            scratch = (values, buffers.x, buffers.y)
+            result = _emit_decode(
+                axes, codec, inverse, lambda dim: codes[dim].astype("uint32"), lambda g: gain[g], scratch
+            )
             with axes.lanes(head_dim) as dim:
                 T.buffer_store(y, result[dim].astype(dtype), [*at, dim])
     return builder.get()
+
+
+def _emit_decode(
+    axes: Axes,
+    codec: Codec,
+    inverse: Any,
+    code: Callable[[Expr], Expr],
+    gain: Callable[[Expr], Expr],
+    buffers: Sequence[Any],
+) -> Any:
+    """Decode one vector, un-rotated; ``code(dim)`` is uint32, ``gain(row)`` float32. Returns the buffer with it."""
+    head_dim, structure = codec.head_dim, codec.inverse_rotation.structure
+    with axes.lanes(head_dim) as dim:
+        value, row = element_value(codec, code, dim), gain_row(codec.format, dim)
+        T.buffer_store(buffers[0], value if row is None else value * gain(row), [dim])
+    if codec.sketch is None:
+        return emit_rotation(axes, structure, head_dim, inverse, buffers[0], buffers[1])
+    with axes.lanes(head_dim) as dim:
+        T.buffer_store(buffers[1], sign_value(codec, code(dim)) * gain(1), [dim])
+    first = codec.inverse_rotation.data.size
+    with axes.lanes(head_dim) as dim:
+        sketched = sketch_element(codec, inverse, first, lambda j: buffers[1][j], dim)
+        T.buffer_store(buffers[2], buffers[0][dim] + sketched, [dim])
+    return emit_rotation(axes, structure, head_dim, inverse, buffers[2], buffers[1])

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import tvm
 
+from ..cache_policy import CachePolicy
 from ..formats import Codec, KVFormat
 
 SITE_ATTR = "rotquant.site"
@@ -18,7 +19,7 @@ class SiteShape:
     """Everything but the tensors: K and V format names, heads, head dimension, softmax scale, window, dtype.
 
     ``chunk`` tells prefill (several new tokens, whose keys and values are at hand unquantized) from decode; ``splits``
-    is how many parts a sequence is read in by decode attention.
+    is how many parts a sequence is read in by decode attention; ``policy`` is the cache policy's name.
     """
 
     k: str
@@ -31,11 +32,17 @@ class SiteShape:
     dtype: str
     chunk: bool = False
     splits: int = 1
+    policy: str = ""
 
     @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def cache_policy(self) -> CachePolicy:
+        """The policy that ``policy`` spells."""
+        return CachePolicy.parse(self.policy)
 
     def codecs(self) -> tuple[Codec, Codec]:
         """Codecs of this shape; their rotations have the right structure but are not the site's."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import tvm.tirx as tir
 
-from ..formats import TileLayout
+from ..formats import KeyLayout, TileLayout
 
 Expr = Any
 Load = Callable[[Expr], Expr]
@@ -33,13 +33,15 @@ def _choose(condition: Expr, yes: Expr, no: Expr) -> Expr:
 class CodeSection:
     """One codes section (K or V) of a tile: ``bits`` wide codes of 32 tokens × ``head_dim``.
 
-    ``first_word`` is the section's offset in the tile in 32-bit words.
+    ``first_word`` is the section's offset in the tile in 32-bit words. ``plane`` is the section, with 1-bit codes of
+    the first dims, that holds one more bit of theirs.
     """
 
     role: str
     bits: int
     head_dim: int
     first_word: int
+    plane: CodeSection | None = None
 
     @property
     def groups(self) -> int:
@@ -76,6 +78,13 @@ class CodeSection:
 
     def load(self, load: Load, token: Expr, dim: Expr) -> Expr:
         """The code of (``token``, ``dim``) as uint32; ``load(i)`` gives word ``i`` of the tile."""
+        low = self._load_low(load, token, dim)
+        if self.plane is None:
+            return low
+        top = self.plane.load(load, token, dim) << u32(self.bits)
+        return low | (top if self.plane.head_dim == self.head_dim else _choose(dim < self.plane.head_dim, top, u32(0)))
+
+    def _load_low(self, load: Load, token: Expr, dim: Expr) -> Expr:
         group, half, e, lane = self.element(token, dim)
 
         def word(number: Expr) -> Expr:
@@ -114,10 +123,13 @@ class CodeSection:
         return _choose(group < quads, whole, low | half_bit << u32(2))
 
 
-def code_section(layout: TileLayout, role: str) -> CodeSection:
+def code_section(layout: TileLayout | KeyLayout, role: str) -> CodeSection:
     """The codes section of ``role`` (``"k"`` or ``"v"``) of a layout."""
     fmt = layout.k if role == "k" else layout.v
-    return CodeSection(role, fmt.bits, layout.head_dim, layout.sections[f"{role}_codes"].offset // 4)
+    first, extra = (layout.sections[f"{role}_{name}"].offset // 4 for name in ("codes", "extra"))
+    dims = fmt.plane_dims(layout.head_dim)
+    plane = CodeSection(role, 1, dims, extra) if dims else None
+    return CodeSection(role, fmt.bits, layout.head_dim, first, plane)
 
 
 def gain_position(token: Expr) -> Expr:
@@ -125,7 +137,7 @@ def gain_position(token: Expr) -> Expr:
     return token % 8 // 2 * 8 + token // 8 * 2 + token % 2
 
 
-def load_gain(layout: TileLayout, role: str, load: Load, token: Expr, row: Expr) -> Expr:
+def load_gain(layout: TileLayout | KeyLayout, role: str, load: Load, token: Expr, row: Expr) -> Expr:
     """Gain number ``row`` of ``token`` as float32 (formats without gains have none to load)."""
     half = layout.sections[f"{role}_gains"].offset // 2 + row * 32 + gain_position(token)
     bits = load(half // 2) >> u32(half % 2 * 16) & u32(0xFFFF)

@@ -11,17 +11,18 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from ..formats import HALF_MAX, IP_FLOOR, Codec, KVFormat
+from ..formats import HALF_MAX, IP_FLOOR, LINEAR_BLOCK, NIBBLE_ZERO, Codebook, Codec, KVFormat, SignCodebook
+from ..formats.trellis import Trellis
 from .axes import Axes
+from .linear_code import emit_bytes, emit_nibbles
+from .registers import f32, registers
+from .registers import register as register
+from .sketch_code import emit_residual_sketch
 from .tile_access import u32
+from .trellis_code import TrellisSearch, state_value, window
 
 Expr = Any
 Structure = Sequence[tuple[int, int]]
-
-
-def f32(value: Expr) -> Expr:
-    """Cast to float32 (a Python number becomes an immediate)."""
-    return tir.const(value, "float32") if isinstance(value, (int, float)) else value.astype("float32")
 
 
 def sanitize(value: Expr) -> Expr:
@@ -29,21 +30,6 @@ def sanitize(value: Expr) -> Expr:
     x = f32(value)
     clipped = tir.max(tir.min(x, f32(HALF_MAX)), f32(-HALF_MAX))
     return tir.Select(tir.isnan(x), f32(0), clipped)
-
-
-def registers(count: int) -> Any:
-    """Float32 accumulators of one lane, cleared (in shared scratch every step would need a barrier)."""
-    buffer = T.alloc_buffer((count,), "float32", scope="local")
-    for index in range(count):
-        T.buffer_store(buffer, f32(0), [index])
-    return buffer
-
-
-def register(value: Expr) -> Expr:
-    """Keep an integer in a register; the compiler would analyze a formula at every statement that uses it."""
-    buffer = T.alloc_buffer((1,), str(value.ty.dtype), scope="local")
-    T.buffer_store(buffer, value, [0])
-    return buffer[0]
 
 
 def rotation_size(structure: Structure, head_dim: int) -> int:
@@ -101,16 +87,31 @@ def code_value(codec: Codec, code: Expr) -> Expr:
         return tir.reinterpret("float16", code.astype("uint16")).astype("float32")
     if kind == "bfloat16":
         return tir.reinterpret("float32", code << u32(16))
+    if kind == "linear" and codec.format.bits == 4:
+        return (code.astype("int32") - NIBBLE_ZERO).astype("float32")
     if kind == "linear":
         return code.astype("uint8").astype("int8").astype("float32")
     return _tree(code, [float(c) for c in codec.codebook.centroids], codec.format.bits - 1)
+
+
+def element_value(codec: Codec, code: Callable[[Expr], Expr], dim: Expr) -> Expr:
+    """The float32 value of the element at ``dim``, before the gain; ``code(dim)`` is a code of its vector (uint32)."""
+    if isinstance(codec.codebook, Trellis):
+        return state_value(codec.codebook, window(codec.format.bits, codec.head_dim, code, dim))
+    if codec.format.codebook == "split":
+        wide, narrow = (
+            _tree(code(dim), [float(c) for c in book.centroids], book.bits - 1)
+            for book in (codec.codebook.wide, codec.codebook.narrow)
+        )
+        return tir.Select(dim < codec.head_dim // 2, wide, narrow)
+    return code_value(codec, code(dim))
 
 
 def gain_row(fmt: KVFormat, dim: Expr) -> Expr:
     """Which of a vector's gains belongs to a dimension (None if the format stores none)."""
     if fmt.codebook in ("half", "bfloat16"):
         return None
-    return dim // 32 if fmt.codebook == "linear" else 0
+    return dim // LINEAR_BLOCK if fmt.codebook == "linear" else 0
 
 
 StoreCode = Callable[[Expr, Expr], None]
@@ -138,7 +139,8 @@ def emit_encode(
         with axes.lanes(head_dim) as dim:
             store_code(dim, _bfloat16_bits(x[dim]))
     elif kind == "linear":
-        _emit_linear(axes, head_dim, x, store_code, store_gain, buffers.stats)
+        emit = emit_bytes if codec.format.bits == 8 else emit_nibbles
+        emit(axes, head_dim, x, store_code, store_gain, buffers.stats)
     else:
         _emit_codebook(axes, codec, coefficients, store_code, store_gain, buffers)
 
@@ -150,30 +152,19 @@ class EncodeBuffers:
         self.x = T.sblock_alloc_buffer((head_dim,), "float32", scope=axes.scratch)
         self.y = T.sblock_alloc_buffer((head_dim,), "float32", scope=axes.scratch)
         self.stats = T.sblock_alloc_buffer((max(4, -(-head_dim // 32)),), "float32", scope=axes.scratch)
+        self._axes = axes
+        self._searches: dict[int, TrellisSearch] = {}
+
+    def search(self, trellis: Trellis) -> TrellisSearch:
+        """The encoder of a trellis, whose scratch is allocated when it is first asked for."""
+        if trellis.bits not in self._searches:
+            self._searches[trellis.bits] = TrellisSearch(self._axes, trellis)
+        return self._searches[trellis.bits]
 
 
 def _bfloat16_bits(value: Expr) -> Expr:
     bits = tir.reinterpret("uint32", value)
     return bits + u32(0x7FFF) + (bits >> u32(16) & u32(1)) >> u32(16)
-
-
-def _emit_linear(
-    axes: Axes, head_dim: int, x: Any, store_code: StoreCode, store_gain: StoreGain, scales: Any
-) -> None:
-    with axes.lanes(-(-head_dim // 32)) as row:
-        largest = registers(1)
-        with T.serial(0, 32) as j:
-            value = tir.if_then_else(row * 32 + j < head_dim, tir.abs(x[tir.min(row * 32 + j, head_dim - 1)]), f32(0))
-            T.buffer_store(largest, tir.max(largest[0], value), [0])
-        scale = (largest[0] / f32(127)).astype("float16")
-        T.buffer_store(scales, scale.astype("float32"), [row])
-        store_gain(row, scale)
-    with axes.lanes(head_dim) as dim:
-        scale = scales[dim // 32]
-        ratio = tir.nearbyint(x[dim] / tir.Select(scale > f32(0), scale, f32(1)))
-        code = tir.max(tir.min(ratio, f32(127)), f32(-127))
-        code = tir.Select(scale > f32(0), code, f32(0))
-        store_code(dim, code.astype("int32").astype("uint32") & u32(0xFF))
 
 
 def _emit_codebook(
@@ -185,29 +176,54 @@ def _emit_codebook(
     buffers: EncodeBuffers,
 ) -> None:
     head_dim, stats = codec.head_dim, buffers.stats
+    _emit_norm(axes, head_dim, buffers)
+    y = emit_rotation(axes, codec.rotation.structure, head_dim, coefficients, buffers.x, buffers.y)
+    spare = buffers.y if y is buffers.x else buffers.x
+    if isinstance(codec.codebook, Trellis):
+        code, value = buffers.search(codec.codebook).run(y, stats, spare)
+    else:
+        code = lambda dim: element_code(codec, y[dim], stats[0], dim)  # noqa: E731
+        value = lambda dim: element_value(codec, code, dim)  # noqa: E731
+
+    def gain() -> Expr:
+        sums = registers(2)
+        with T.serial(0, head_dim) as dim:
+            centroid = T.Bind(value(dim))
+            T.buffer_store(sums, sums[0] + centroid * y[dim], [0])
+            T.buffer_store(sums, sums[1] + centroid * centroid, [1])
+        return corrected_gain(codec.format.gain, stats[0], sums[0], sums[1])
+
+    if codec.sketch is not None:
+        emit_residual_sketch(axes, codec, coefficients, (y, spare), (gain, code, value), store_code, store_gain)
+        return
+    with axes.lanes(head_dim) as dim:
+        store_code(dim, code(dim))
+    with axes.lanes(1) as _:
+        store_gain(0, gain())
+
+
+def _emit_norm(axes: Axes, head_dim: int, buffers: EncodeBuffers) -> None:
     with axes.lanes(1) as _:
         total = registers(1)
         with T.serial(0, head_dim) as dim:
             T.buffer_store(total, total[0] + buffers.x[dim] * buffers.x[dim], [0])
-        T.buffer_store(stats, tir.sqrt(total[0]), [0])
-    y = emit_rotation(axes, codec.rotation.structure, head_dim, coefficients, buffers.x, buffers.y)
-    with axes.lanes(head_dim) as dim:
-        store_code(dim, boundary_count(codec, y[dim], stats[0]))
-    with axes.lanes(1) as _:
-        sums = registers(2)
-        with T.serial(0, head_dim) as dim:
-            value = T.Bind(code_value(codec, boundary_count(codec, y[dim], stats[0])))
-            T.buffer_store(sums, sums[0] + value * y[dim], [0])
-            T.buffer_store(sums, sums[1] + value * value, [1])
-        store_gain(0, corrected_gain(codec.format.gain, stats[0], sums[0], sums[1]))
+        T.buffer_store(buffers.stats, tir.sqrt(total[0]), [0])
 
 
-def boundary_count(codec: Codec, value: Expr, norm: Expr) -> Expr:
+def element_code(codec: Codec, value: Expr, norm: Expr, dim: Expr) -> Expr:
+    """The code (uint32) of the rotated element at ``dim``."""
+    if codec.format.codebook != "split":
+        return boundary_count(codec.codebook, value, norm)
+    wide, narrow = (boundary_count(book, value, norm) for book in (codec.codebook.wide, codec.codebook.narrow))
+    return tir.Select(dim < codec.head_dim // 2, wide, narrow)
+
+
+def boundary_count(codebook: Codebook | SignCodebook, value: Expr, norm: Expr) -> Expr:
     """The code of a rotated element: how many of the codebook's boundaries, times the norm, lie below it.
 
     All-zero vectors get the middle code in every element.
     """
-    boundaries = [float(b) for b in codec.codebook.boundaries]
+    boundaries = [float(b) for b in codebook.boundaries]
     code = u32(0)
     for boundary in boundaries:
         code = code + tir.Select(value > f32(boundary) * norm, u32(1), u32(0))

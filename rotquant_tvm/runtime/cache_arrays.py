@@ -1,4 +1,4 @@
-"""The arrays of one KV cache: the packed layers, the lengths, and the host's mirror of the lengths."""
+"""The arrays of one KV cache: the layers', the counts per sequence, and the host's mirror of these."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import tvm
 from tvm.runtime import Device, Tensor
 
+from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.runtime.device import device_errors
 
@@ -15,21 +16,23 @@ from rotquant_tvm.runtime.device import device_errors
 class CacheArrays:
     """The tensors that ``create_kv_cache`` made, which prefill and decode update in place.
 
-    ``layers``: uint32 [batch, kv_heads, tiles, tile_bytes / 4] each, on ``device``. The lengths live twice: int32
-    [batch] on the device, which the library reads and advances, and here on the host, where capacity is
+    ``layers``: the layers' arrays, on ``device``: tiles uint32 [batch, kv_heads, tiles, tile_bytes / 4] each and, with a
+    ``policy``, centres and 16-bit rows. The counts live twice: lengths and, with a policy, how many tokens are in tiles,
+    int32 [batch] each, on the device, where the library reads and advances them, and here on the host, where capacity is
     checked. Every method leaves the two equal.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], device: Device) -> None:
-        self.layers = tuple(tensors[:-1])
-        self._device_lengths = tensors[-1]
-        self.device = device
-        self._lengths: np.ndarray = self._device_lengths.numpy()
+    def __init__(self, tensors: Sequence[Tensor], device: Device, policy: CachePolicy = CachePolicy()) -> None:
+        counts = 2 if policy.segmented else 1
+        self.layers, self._counts = tuple(tensors[:-counts]), tuple(tensors[-counts:])
+        self.device, self.policy = device, policy
+        self._lengths: np.ndarray = self._counts[-1].numpy()
+        self._packed: np.ndarray = self._counts[0].numpy() if policy.segmented else self._lengths
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All arrays in the order in which the library takes them, the lengths last."""
-        return (*self.layers, self._device_lengths)
+        return (*self.layers, *self._counts)
 
     @property
     def batch(self) -> int:
@@ -43,7 +46,7 @@ class CacheArrays:
 
     def device_lengths(self) -> np.ndarray:
         """Read the lengths from the device, int32 [batch]."""
-        values: np.ndarray = self._device_lengths.numpy()
+        values: np.ndarray = self._counts[-1].numpy()
         return values
 
     @property
@@ -51,15 +54,32 @@ class CacheArrays:
         """Bytes of the layers' arrays as they are allocated now (the lengths not counted)."""
         return sum(_nbytes(layer) for layer in self.layers)
 
-    def advance(self, new_lengths: np.ndarray) -> None:
-        """Note on the host that the library has appended ``new_lengths`` [batch] tokens."""
+    def advance(self, new_lengths: np.ndarray, chunk: bool = True) -> None:
+        """Note on the host that the library has appended ``new_lengths`` [batch] tokens, by prefill (``chunk``) or decode."""
         self._lengths = self._lengths + new_lengths.astype(np.int32)
+        self._packed = self.policy.packed_after(self._packed, self._lengths, chunk)
 
     def set_lengths(self, lengths: np.ndarray) -> None:
-        """Set the lengths, int [batch], on the host and on the device."""
+        """Set the lengths, int [batch], on the host and on the device; tokens in tiles stay there."""
         values = np.ascontiguousarray(lengths, dtype=np.int32)
         self._lengths = values.copy()
-        self._device_lengths.copyfrom(values)
+        self._counts[-1].copyfrom(values)
+        if self.policy.segmented:
+            behind = np.maximum(self._lengths - self.policy.sinks, 0)
+            self._packed = np.ascontiguousarray(np.minimum(self._packed, behind), dtype=np.int32)
+            self._counts[0].copyfrom(self._packed)
+
+    def restore(self, lengths: np.ndarray) -> None:
+        """Go back to ``lengths`` [batch] after a call that failed midway.
+
+        Sequences of which it had begun to flush tokens into tiles keep only those that are safe: the ring's slots may
+        be overwritten.
+        """
+        if self.policy.segmented:
+            moved = self._counts[0].numpy() != self._packed
+            safe = np.minimum(lengths, self.policy.sinks + self._packed)
+            lengths = np.where(moved, safe, lengths)
+        self.set_lengths(lengths)
 
     def crop(self, keep: int | Sequence[int] | np.ndarray) -> None:
         """Keep the first ``keep`` tokens of every sequence, or ``keep[i]`` of sequence i.
@@ -79,7 +99,8 @@ class CacheArrays:
     def copy(self) -> CacheArrays:
         """Return an independent copy on the same device; raises DeviceError if it does not fit."""
         with device_errors("cannot copy the KV cache", "free memory on the device or use a smaller capacity"):
-            return CacheArrays([tensor.copyto(self.device) for tensor in self.tensors], self.device)
+            copies = [tensor.copyto(self.device) for tensor in self.tensors]
+            return CacheArrays(copies, self.device, self.policy)
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> CacheArrays:
         """Return a cache whose sequence i is a copy of sequence ``indices[i]``; any number of them.
@@ -93,7 +114,8 @@ class CacheArrays:
             raise UsageError(f"reorder({indices!r}): the sequences are numbered 0 to {self.batch - 1}")
         rows = [int(index) for index in order]
         with device_errors("cannot reorder the KV cache", "free memory on the device or use fewer sequences"):
-            return CacheArrays([_gather(tensor, rows, self.device) for tensor in self.tensors], self.device)
+            copies = [_gather(tensor, rows, self.device) for tensor in self.tensors]
+            return CacheArrays(copies, self.device, self.policy)
 
 
 def _nbytes(tensor: Tensor) -> int:

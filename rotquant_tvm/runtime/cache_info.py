@@ -8,38 +8,57 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any
 
-from rotquant_tvm.errors import ArtifactError
+from rotquant_tvm.cache_policy import TILE_TOKENS, CachePolicy
+from rotquant_tvm.errors import ArtifactError, UsageError
 
-INFO_VERSION = 1
+INFO_VERSION = 2
 LAYOUT_VERSION = 1
-TILE_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """The cache of one layer: its shape and the KV formats of its keys and values."""
+    """The cache of one layer: its shape, the KV formats of its keys and values, and its policy."""
 
     kv_heads: int
     head_dim: int
     k: str
     v: str
     tile_bytes: int
+    policy: CachePolicy = CachePolicy()
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes that one token of one sequence takes in this layer, all kv heads together."""
-        return self.kv_heads * self.tile_bytes / TILE_TOKENS
+        """Bytes that one packed token of one sequence takes in this layer, all kv heads together."""
+        centre = self._centre_bytes / self.policy.center if self.policy.center else 0.0
+        return self.kv_heads * (self.tile_bytes / TILE_TOKENS + centre)
+
+    def cache_bytes(self, capacity: int) -> int:
+        """Bytes of the layer's arrays for one sequence of ``capacity`` tokens, as they are allocated."""
+        if not self.policy.segmented:
+            return self.kv_heads * self.tile_bytes * -(-capacity // TILE_TOKENS)
+        tiles = self.policy.packed_tiles(capacity)
+        blocks = tiles * TILE_TOKENS // self.policy.center if self.policy.center else 0
+        plain = 4 * self.head_dim * self.policy.slots
+        return self.kv_heads * (tiles * self.tile_bytes + blocks * self._centre_bytes + plain)
+
+    @property
+    def _centre_bytes(self) -> int:
+        return self.head_dim + 4  # int8 codes and a float32 scale
 
 
 @dataclass(frozen=True)
 class KVCacheInfo:
-    """The checked form of a library's ``kv_cache_info()``; ``document`` is the JSON it came from."""
+    """The checked form of a library's ``kv_cache_info()``; ``document`` is the JSON it came from.
+
+    ``batch`` is the one number of sequences that the library was compiled for, or None if it takes any.
+    """
 
     layers: tuple[LayerInfo, ...]
     vocab_size: int
     max_position: int
     dtype: str
     weights: tuple[str, ...]
+    batch: int | None = None
     document: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @classmethod
@@ -65,6 +84,7 @@ class KVCacheInfo:
             max_position=positive(document, "max_position", where),
             dtype=entry(document, "dtype", str, where),
             weights=tuple(names),
+            batch=positive(document, "batch", where) if "batch" in document else None,
             document=dict(document),
         )
 
@@ -83,9 +103,13 @@ class KVCacheInfo:
         return sum(layer.bytes_per_token for layer in self.layers)
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
-        """Bytes of a cache for ``batch`` sequences of ``capacity`` tokens, rounded up to whole tiles."""
-        tiles = -(-capacity // TILE_TOKENS)
-        return batch * tiles * sum(layer.kv_heads * layer.tile_bytes for layer in self.layers)
+        """Bytes of the arrays of a cache for ``batch`` sequences of ``capacity`` tokens, as they are allocated."""
+        return batch * sum(layer.cache_bytes(capacity) for layer in self.layers)
+
+    @property
+    def policy(self) -> CachePolicy:
+        """The policy that the layers which have one share."""
+        return next((layer.policy for layer in self.layers if layer.policy.segmented), CachePolicy())
 
 
 def _layer(document: object, where: str) -> LayerInfo:
@@ -97,7 +121,16 @@ def _layer(document: object, where: str) -> LayerInfo:
         k=entry(document, "k", str, where),
         v=entry(document, "v", str, where),
         tile_bytes=positive(document, "tile_bytes", where),
+        policy=_policy(document, where),
     )
+
+
+def _policy(document: Mapping[str, Any], where: str) -> CachePolicy:
+    options = entry(document, "policy", Mapping, where) if "policy" in document else {}
+    try:
+        return CachePolicy().changed(options)
+    except UsageError as error:
+        raise ArtifactError(f"{where}: {error}; compile the model again") from error
 
 
 def entry(document: Mapping[str, Any], key: str, kind: type | UnionType, where: str) -> Any:

@@ -86,7 +86,7 @@ class GenerationStream(Iterator[TextChunk]):
 
         ``reset``: forget what the session holds first; otherwise the prompts continue its sequences.
         ``single``: a note for the caller that the one prompt did not come in a list. Raises UsageError for
-        a wrong number of prompts or stop strings without a tokenizer, KVCacheFull.
+        a wrong number of prompts or stop strings without a tokenizer, KVCacheFull if they do not fit.
         """
         self.single = single
         if config.stop and session.library.tokenizer is None:
@@ -97,6 +97,7 @@ class GenerationStream(Iterator[TextChunk]):
             raise UsageError(
                 f"{len(prompts)} prompts cannot continue the {session.batch} sequences of the session"
             )
+        session.library.check_batch(len(prompts))
         start = np.zeros(len(prompts), np.int64) if reset else session.lengths.astype(np.int64)
         filled = start + [len(row) for row in prompts]
         session.check_room(filled + (config.max_tokens or 1) - 1)

@@ -62,20 +62,24 @@ class CompiledLibrary:
         self.report = dict(report or {})
         self.default_capacity = min(default_capacity or _FALLBACK_CAPACITY, self.info.max_position)
 
-    def session(self, batch: int = 1, capacity: int | None = None, chunk: int = DEFAULT_CHUNK) -> Session:
+    def session(
+        self, batch: int | None = None, capacity: int | None = None, chunk: int = DEFAULT_CHUNK
+    ) -> Session:
         """Start a session with a cache of its own.
 
-        ``batch``: number of sequences; ``capacity``: tokens per sequence, by default the artifact's;
-        ``chunk``: most tokens per sequence that one call of prefill takes. Raises UsageError for values
-        below 1 and a capacity beyond the model's positions, DeviceError if the cache does not fit.
+        ``batch``: number of sequences, by default the one it was compiled for, else 1; ``capacity``: tokens per
+        sequence, by default the artifact's; ``chunk``: most tokens per sequence that one call of prefill
+        takes. Raises UsageError for values below 1, a capacity beyond the model's positions and a batch that
+        the library was not compiled for, DeviceError if the cache does not fit.
         """
+        batch = (self.info.batch or 1) if batch is None else batch
         capacity = self.default_capacity if capacity is None else capacity
         require_positive("chunk", chunk)
         return Session(self, self.create_cache(batch, capacity), int(capacity), int(chunk))
 
     def create_cache(self, batch: int, capacity: int) -> CacheArrays:
         """Allocate an empty cache for ``batch`` sequences of ``capacity`` tokens; raises as ``session``."""
-        require_positive("batch", batch)
+        self.check_batch(batch)
         require_positive("capacity", capacity)
         if capacity > self.info.max_position:
             raise UsageError(
@@ -88,7 +92,16 @@ class CompiledLibrary:
         )
         with device_errors(what, "use a smaller capacity or batch"):
             tensors = self.virtual_machine()["create_kv_cache"](int(batch), int(capacity))
-            return CacheArrays(list(tensors), self.device)
+            return CacheArrays(list(tensors), self.device, self.info.policy)
+
+    def check_batch(self, batch: int) -> None:
+        """Raise UsageError unless the library can run ``batch`` sequences at once."""
+        require_positive("batch", batch)
+        if self.info.batch not in (None, batch):
+            raise UsageError(
+                f"the model was compiled for a batch of {self.info.batch} and this is one of {batch}; "
+                f"use batch={self.info.batch}, or compile it again without a fixed batch in its input shapes"
+            )
 
     def virtual_machine(self) -> VirtualMachine:
         """Return a new virtual machine over the library; one must not be used by two threads at once."""
@@ -133,7 +146,7 @@ def load_library(
 def load(
     path: str | os.PathLike[str],
     device: str | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     capacity: int | None = None,
     *,
     chunk: int = DEFAULT_CHUNK,

@@ -108,13 +108,13 @@ class Session:
         lengths = self.lengths
         self.check_room((lengths + 1)[taking])
         with self._unchanged_on_error():
-            if (lengths[~taking] >= self.capacity).any():
-                # Decode appends to every sequence; a full one has no slot for a token to be taken back.
-                logits = self._run("prefill", tokens, taking)
-            else:
-                logits = self._run("decode", tokens)
-            if taking.all():
-                self._cache.advance(taking)
+            # Decode appends to every sequence. A full one has no slot for a token to be taken back, and in a 16-bit
+            # ring it may push others out.
+            waiting = bool((lengths[~taking] >= self.capacity).any()) or self._cache.policy.segmented
+            alone = waiting and not taking.all()
+            logits = self._run("prefill", tokens, taking) if alone else self._run("decode", tokens)
+            if alone or taking.all():
+                self._cache.advance(taking, chunk=alone)
             else:
                 self._cache.set_lengths(lengths + taking)
         return logits
@@ -176,7 +176,8 @@ class Session:
     def reset(self, batch: int | None = None) -> None:
         """Forget all tokens; with ``batch``, go on with that number of sequences.
 
-        Raises UsageError for a batch below 1, DeviceError if the other cache does not fit.
+        Raises UsageError for a batch below 1 or one that the library was not compiled for, DeviceError if the
+        other cache does not fit.
         """
         if batch is None or batch == self.batch:
             self._cache.set_lengths(np.zeros(self.batch, np.int32))
@@ -199,9 +200,12 @@ class Session:
         """Make sequence i a copy of sequence ``indices[i]``.
 
         There may be more or fewer indices than sequences; the batch follows. Raises UsageError for an
-        index that is no sequence, DeviceError if a larger cache does not fit.
+        index that is no sequence and a batch that the library was not compiled for, DeviceError if a larger cache
+        does not fit.
         """
-        self._cache = self._cache.gather(indices)
+        cache = self._cache.gather(indices)
+        self.library.check_batch(cache.batch)
+        self._cache = cache
 
     def instrument(self, callback: Callable[..., int]) -> None:
         """Have TVM call ``callback(function, symbol, before, result, *arguments)`` around every kernel.
@@ -227,5 +231,5 @@ class Session:
             yield
         except BaseException:
             with suppress(Exception):  # a device that is gone refuses; the first error is the one to see
-                self._cache.set_lengths(before)
+                self._cache.restore(before)
             raise

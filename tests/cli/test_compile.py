@@ -49,6 +49,15 @@ def test_code_stands_beside_the_artifact(compiled):
     assert ".globl" in assembly
 
 
+def test_the_report_tells_kernels_and_pass_times(compiled):
+    report = compiled.ended.document["report"]
+    for layer in report["layers"]:
+        sources = {kernel["operator"]: kernel["source"] for kernel in layer["kernels"]}
+        assert sources["append"] == "rule: definition" and "attention_decode_llvm" in sources["attention_decode"]
+    times = {entry["name"]: entry["seconds"] for entry in compiled.ended.document["pass_times"]}
+    assert report["pass_seconds"]["QuantizeKVCache"] == pytest.approx(times["QuantizeKVCache"], rel=0.2, abs=0.01)
+
+
 def test_the_module_after_a_pass_goes_to_standard_error_with_json(compiled):
     printed = compiled.ended.err.partition("# after HoistRotation\n")[2]
     assert "# after" not in printed and "def decode" in printed and "kv_rotate" in printed
@@ -86,6 +95,18 @@ def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
 
 
 @pytest.mark.slow
+def test_a_fixed_batch_reaches_the_artifact_and_the_run(model, tmp_path, tvmc):
+    artifact = tmp_path / "a.rq"
+    options = ["--kv-cache", "f16", "--input-shapes", "ids:[3,-1]"]
+    ended = tvmc("compile", model, *options, "-o", artifact, "--json")
+    assert ended.status == 0 and ended.document["report"]["batch"] == 3, ended.err
+    assert re.search(r"^batch +3 *$", tvmc("inspect", artifact).out, re.M)
+    assert len(tvmc("run", artifact, "--json").document["tokens"]) == 3
+    refusal = tvmc("run", artifact, "--prompt", "a")
+    assert refusal.status == 2 and "compiled for a batch of 3 and this is one of 1" in refusal.error
+
+
+@pytest.mark.slow
 def test_cuda_code_of_a_gpu_that_is_not_here(model, tmp_path, tvmc):
     import tvm
 
@@ -113,6 +134,11 @@ def test_cuda_code_of_a_gpu_that_is_not_here(model, tmp_path, tvmc):
         (["--kv-layers", "0=iso9"], "iso9"),
         (["--pass-config", "tirx.disable_vectorize"], "=true"),
         (["-o", ""], "empty"),
+        (["--input-shapes", "ids:1,-1"], "ids:[1,-1]"),
+        (["--input-shapes", "ids:[1,64]"], "seq is fixed to 64"),
+        (["--input-shapes", "ids:[1]"], "rank 1"),
+        (["--input-shapes", "ids:[0,-1]"], "batch is 0"),
+        (["--input-shapes", "tokens:[1,-1]"], "'tokens'"),
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_looked_at(tvmc, tmp_path, options, fragment):

@@ -36,7 +36,12 @@ def test_the_table_shows_what_the_document_holds(tvmc):
     assert "8.5" in shown and "block" in shown
 
 
-@pytest.mark.parametrize("word", ["iso9", "q4_0", "", "rq3:what"])
+def test_bits_count_the_plane_of_further_bits(tvmc):
+    listed = tvmc("formats", "--json", "turbo2.5", "turbo3+qjl", "qjl1", "q4_0").document["formats"]
+    assert [entry["bits"] for entry in listed] == [2.5, 3, 1, 4]
+
+
+@pytest.mark.parametrize("word", ["iso9", "q4_1", "", "rq3:what"])
 def test_an_unknown_format_is_named(tvmc, word):
     ended = tvmc("formats", word)
     assert ended.status == 2 and ended.out == "" and f"'{word}'" in ended.error

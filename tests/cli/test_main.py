@@ -27,11 +27,11 @@ def test_help_names_every_command(tvmc):
     [
         ("compile", "--kv-cache -ctk -ctv --kv-layers --kv-capacity --target -o --output --model-format"),
         ("compile", "--dump-code --pass-config --disabled-pass --print-ir-before --print-ir-after"),
-        ("compile", "--dtype --print-pass-times -O --json -v"),
+        ("compile", "--dtype --print-pass-times -O --input-shapes --json -v"),
         ("run", "--device --prompt --max-tokens --temperature --top-p --seed --stop --chat --inputs"),
         ("run", "--outputs --fill-mode --print-time --profile --repeat --number --json -v"),
         ("formats", "--json -v"),
-        ("inspect", "--json -v"),
+        ("inspect", "--svg --json -v"),
     ],
 )
 def test_help_of_a_command_names_its_options(tvmc, command, options):

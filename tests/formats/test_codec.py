@@ -12,6 +12,11 @@ TEXTS = (
     "f16",
     "bf16",
     "q8_0",
+    "q4_0",
+    "turbo2.5",
+    "dense3.5:mse",
+    "turbo3+qjl",
+    "qjl1",
     "planar3",
     "iso1",
     "iso2-full",
@@ -141,7 +146,7 @@ def test_zero_vectors(text):
     codec = codec_of(text)
     encoded = codec.encode(np.zeros((2, 64)))
     assert (encoded.gain == 0).all() and (codec.decode(encoded) == 0).all()
-    middle = 2 ** (codec.format.bits - 1) if codec.codebook else 0
+    middle = codec.codebook.middle() if codec.codebook else {"q4_0": 8}.get(text, 0)
     assert (encoded.codes == middle).all()
 
 
@@ -159,8 +164,10 @@ AWKWARD = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, 1.2e-38, 6e-8, 655
 def test_every_input_has_a_defined_result(text, x, dtype):
     codec = codec_of(text)
     encoded = codec.encode(x, dtype)
-    assert np.isfinite(encoded.gain).all() and (encoded.gain >= 0).all()
-    assert encoded.codes.max() >> codec.format.bits == 0
+    assert np.isfinite(encoded.gain).all() and ((encoded.gain >= 0).all() or text == "q4_0")
+    plane = codec.format.plane_dims(64)
+    assert encoded.codes[:, :plane].max(initial=0) >> (codec.format.bits + 1) == 0
+    assert encoded.codes[:, plane:].max(initial=0) >> codec.format.bits == 0
     decoded = codec.decode(encoded, dtype)
     assert decoded.dtype == dtype and np.isfinite(decoded).all()
     clean = codec.encode(np.nan_to_num(x.astype(float), nan=0, posinf=65504, neginf=-65504), dtype)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,11 +10,15 @@ from rotquant_tvm.formats import HEAD_DIMS, KVFormat, known_formats, parse_pair,
 NAMES = sorted({kv_format.name for kv_format in known_formats().values()})
 
 
+WITHOUT_RULES = ("half", "bfloat16", "linear", "sign")
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("suffix", ["", ":raw", ":norm", ":mse", ":ip"])
 def test_a_name_reads_back_as_its_format(name, suffix):
-    if suffix and KVFormat.parse(name).codebook != "lloyd":
-        with pytest.raises(FormatError, match=f"unknown gain rule '{suffix[1:]}'; {name} takes none"):
+    if suffix and KVFormat.parse(name).codebook in WITHOUT_RULES and f"{name}{suffix}" != "qjl1:raw":
+        message = f"unknown gain rule '{suffix[1:]}'; {re.escape(name)} takes none"
+        with pytest.raises(FormatError, match=message):
             KVFormat.parse(name + suffix)
         return
     found = KVFormat.parse(name + suffix)
@@ -27,6 +33,12 @@ def test_a_name_reads_back_as_its_format(name, suffix):
         ("f16", "none", "half", 16, "none"),
         ("bf16", "none", "bfloat16", 16, "none"),
         ("q8_0", "none", "linear", 8, "block"),
+        ("q4_0", "none", "linear", 4, "block"),
+        ("turbo2.5", "turbo", "split", 2, "norm"),
+        ("turbo3.5:mse", "turbo", "split", 3, "mse"),
+        ("turbo3+qjl", "turbo", "sketched", 2, "raw"),
+        ("dense2+qjl:mse", "dense", "sketched", 1, "mse"),
+        ("qjl1", "gaussian", "sign", 1, "raw"),
         ("planar3", "planar", "lloyd", 3, "norm"),
         ("iso3", "iso", "lloyd", 3, "norm"),
         ("iso3-full", "iso-full", "lloyd", 3, "norm"),
@@ -78,7 +90,19 @@ def test_unknown_words_list_near_spellings(text, near):
         KVFormat.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"), [("turbo3+qjl", "turbo3:ip"), ("dense2+qjl:mse", "dense2:ip"), ("qjl1", "turbo1:ip")]
+)
+def test_sketches_are_refused_in_a_cache(text, remedy):
+    for pair in (text, f"{text}/f16", f"f16/{text}"):
+        with pytest.raises(FormatError, match=rf"{re.escape(text)} is a format for search.*use {remedy}"):
+            parse_pair(pair)
+    assert KVFormat.parse(remedy).bits_per_element(64) <= KVFormat.parse(text).bits_per_element(64)
+
+
 def test_pairs():
+    assert [found.name for found in parse_pair("q8_0/q4_0")] == ["q8_0", "q4_0"]
+    assert parse_pair("turbo2.5/turbo3.5")[1].bits == 3
     assert parse_pair("iso3/planar3") == (KVFormat.parse("iso3"), KVFormat.parse("planar3"))
     assert parse_pair("q8_0") == (KVFormat.parse("q8_0"),) * 2
     assert parse_pair("turbo3:mse/f16")[0].gain == "mse"
@@ -101,6 +125,13 @@ def test_pairs():
         ("rq4", 128, 4.125),
         ("iso3", 64, 3.25),
         ("turbo3", 256, 3.0625),
+        ("q4_0", 128, 4.5),
+        ("q4_0", 80, 4.6),
+        ("turbo2.5", 128, 2.625),
+        ("turbo3.5", 64, 3.75),
+        ("turbo3+qjl", 128, 3.25),
+        ("turbo2+qjl", 64, 2.5),
+        ("qjl1", 128, 1.125),
     ],
 )
 def test_true_bits_per_element(text, head_dim, bits):
@@ -112,10 +143,11 @@ def test_check_takes_exactly_the_head_dims_that_a_codec_takes(name):
     kv_format = KVFormat.parse(name)
     for head_dim in range(0, 300, 8):
         power = head_dim & (head_dim - 1) == 0
-        if head_dim in HEAD_DIMS and (power or kv_format.rotation != "turbo"):
+        halves = head_dim % 32 == 0 or kv_format.codebook != "split"
+        if head_dim in HEAD_DIMS and halves and (power or kv_format.rotation != "turbo"):
             kv_format.check(head_dim)
         else:
-            with pytest.raises(FormatError, match=f"{name} cannot take head_dim {head_dim}"):
+            with pytest.raises(FormatError, match=f"{re.escape(name)} cannot take head_dim {head_dim}"):
                 kv_format.check(head_dim)
             with pytest.raises(UsageError):
                 kv_format.codec(head_dim)
@@ -128,6 +160,7 @@ def test_check_takes_exactly_the_head_dims_that_a_codec_takes(name):
         ("rq3", 72, "no format takes another"),
         ("f16", 24, "no format takes another"),
         ("iso3", 320, "no format takes another"),
+        ("dense2.5", 80, "half of it must be a multiple of 16; use dense2 or dense3"),
     ],
 )
 def test_refusals_say_what_to_use(text, head_dim, remedy):
@@ -145,6 +178,10 @@ def test_refusals_say_what_to_use(text, head_dim, remedy):
         (("x", "none", "linear", 8, "raw"), "take gain block, not 'raw'"),
         (("x", "iso", "half", 16, "none"), "take no rotation"),
         (("x", "spin", "lloyd", 3, "raw"), "unknown rotation 'spin'"),
+        (("x", "gaussian", "lloyd", 1, "raw"), "unknown rotation 'gaussian'"),
+        (("x", "dense", "sign", 1, "raw"), "take the rotation 'gaussian', not 'dense'"),
+        (("x", "turbo", "sketched", 4, "raw"), "sketched codebooks have 1, 2, 3 bits, not 4"),
+        (("x", "turbo", "split", 1, "raw"), "split codebooks have 2, 3 bits, not 1"),
     ],
 )
 def test_combinations_that_do_not_exist(fields, message):

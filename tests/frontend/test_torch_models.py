@@ -71,6 +71,22 @@ def test_canonical_module_computes_what_transformers_computes(name, tiny, runner
     assert all(present.shape == (2, kv_heads, 13, head_dim) for present in past)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_every_logit_is_returned_on_request(kind, tiny, runner):
+    model = tiny(kind)
+    expected = _logits(model, IDS)
+    imported = from_torch(model, every_logit=True)
+    function = imported.mod["main"]
+    assert [param.name for param in function.params[:3]] == ["ids", "positions", "last"]
+    logits = function.ret_ty.fields[0].shape.values
+    assert [size.name for size in logits[:2]] == ["batch", "seq"] and int(logits[2]) == 97
+
+    run = runner(imported)
+    first, past = run.step(IDS[:, :8], run.empty_past(2), last=[0, 0])
+    second, _ = run.step(IDS[:, 8:], past, last=[0, 0])
+    np.testing.assert_allclose(np.concatenate([first, second], axis=1), expected, atol=2e-5)
+
+
 def test_signature(tiny):
     imported = from_torch(tiny("Llama"))
     function = imported.mod["main"]

@@ -38,6 +38,16 @@ CASES = [
     Case("planar2/rotor4:ip", 128, 16, 2),
     Case("hurwitz4:raw/turbo4", 256, 4, 1),
     Case("hurwitz2/f16", 256, 4, 2),
+    Case("rotor3+tcq/planar2+tcq", 80, 4, 2),
+    Case("q8_0/q4_0", 80, 6, 2),
+    Case("q4_0/turbo3.5", 64, 4, 2),
+    Case("dense2.5/turbo2.5:mse", 32, 5, 1),
 ]
+SKETCHES = [
+    Case("turbo3+qjl/qjl1", 64, 2, 2),
+    Case("iso3/dense2+qjl", 80, 2, 1),
+]
+"""Formats that are appended and dequantized, but that attention does not take."""
+
 MIXED = CASES[2]
 """K and V of different bits, in a head dimension with odd word counts."""

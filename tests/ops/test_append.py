@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rotquant_tvm import ops
 from rotquant_tvm.formats import EncodedKV
 
-from .cases import CASES, MIXED, Case
-from .reference import check_encoding, coefficients, layout_of, pack_words, random_words, unpack_words
+from .cases import CASES, MIXED, SKETCHES, Case
+from .reference import check_encoding, layout_of, pack_words, random_words, unpack_words
 
 TILES = 3
 # (tokens before, new tokens) of each sequence: tile boundaries, nothing new, one long beside short ones
@@ -24,7 +24,7 @@ RAGGED += [(40, 0), (27, 40)]
 def append(kernels, case, cache, k, v, before, new):
     """Run ``append``; returns the cache after it."""
     kernel = kernels.build(ops.append, *case.codecs, case.kv_heads, str(k.dtype))
-    rotations = [coefficients(codec.rotation) for codec in case.codecs]
+    rotations = [codec.coefficients for codec in case.codecs]
     before, new = (np.asarray(x, np.int32) for x in (before, new))
     return kernels.run(kernel, cache, k, v, *rotations, before + new, new, writes=(0,))
 
@@ -62,7 +62,7 @@ def _vectors(x):
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2]).copy()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + SKETCHES, ids=str)
 def test_new_tokens_are_encoded_and_nothing_else_changes(kernels, rng, case):
     before, new = zip(*RAGGED, strict=True)
     cache, k, v = random_step(rng, case, new)
@@ -138,7 +138,7 @@ def test_offsets_beyond_32_bits(kernels, rng):
     cache = tvm.runtime.empty(shape, "uint32", kernels.device)
     _, k, v = random_step(rng, case, [3])
     start = 32 * tiles - 3
-    arrays = [k, v, *(coefficients(c.rotation) for c in case.codecs)]
+    arrays = [k, v, *(c.coefficients for c in case.codecs)]
     lengths = [np.array([start + 3], np.int32), np.array([3], np.int32)]
     kernel = kernels.build(ops.append, *case.codecs, case.kv_heads, "float32")
     kernel(cache, *(kernels.tensor(x) for x in (*arrays, *lengths)))

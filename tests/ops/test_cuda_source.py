@@ -12,16 +12,20 @@ from tvm.support import nvcc
 from rotquant_tvm import ops
 from rotquant_tvm.formats import Rotation
 
-from .cases import CASES, MIXED, Case
+from .cases import CASES, MIXED, SKETCHES, Case
 from .reference import codec_of
 
 SHARED_LIMIT = 48 * 1024
 AXES = ops.Axes("cuda")
-CODECS = [("f16", 64), ("q8_0", 80), ("dense2", 96), ("rotor4:ip", 80), ("hurwitz3", 256)]
+CODECS = [("f16", 64), ("q8_0", 80), ("dense2", 96), ("rotor4:ip", 80), ("hurwitz3", 256), ("turbo2+tcq", 256)]
+CODECS += [("q4_0", 80), ("turbo3.5", 256), ("dense4+qjl", 256), ("qjl1", 96)]
+SEARCHED = [("q8_0", 80), ("q4_0", 256), ("turbo2.5", 32), ("dense4+qjl", 256), ("hurwitz2+tcq", 256)]
 WIDE = Case("hurwitz3/turbo4", 256, 16, 1)
 """The most scratch: head dimension 256, and 16 query heads to a kv head."""
-CACHES = [CASES[0], MIXED, CASES[4], Case("q8_0/bf16", 96, 3, 3), WIDE]
-APPENDS = [MIXED, CASES[4], Case("bf16/q8_0", 256, 1, 1)]
+CACHES = [CASES[0], MIXED, CASES[4], Case("q8_0/bf16", 96, 3, 3), WIDE, CASES[-1]]
+TRELLIS = Case("hurwitz2+tcq/turbo3+tcq", 256, 2, 1)
+APPENDS = [MIXED, CASES[4], Case("bf16/q8_0", 256, 1, 1), TRELLIS]
+APPENDS += [Case("q4_0/turbo2.5", 128, 2, 2), SKETCHES[1]]
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
@@ -31,6 +35,14 @@ def _codec_operators(text, head_dim):
     yield ops.quantize(codec, "float16", AXES)
     yield ops.dequantize(codec, "float16", AXES)
     yield ops.roundtrip(codec, "float32", AXES)
+
+
+def _search():
+    for text, head_dim in SEARCHED:
+        codec = codec_of(text, head_dim)
+        yield ops.score(codec, AXES)
+        yield ops.query_features(codec, "float16", AXES)
+        yield ops.encode_tiles(codec, "float32", AXES)
 
 
 def _attention(build, case, dtype="float16", **options):
@@ -51,6 +63,7 @@ OPERATORS = {
     "advance": lambda: [ops.advance(AXES)],
     "rotate": _rotations,
     "codec": lambda: [func for case in CODECS for func in _codec_operators(*case)],
+    "search": _search,
     "append": lambda: [ops.append(*c.codecs, c.kv_heads, "float16", AXES) for c in APPENDS],
     "dequantize_cache": lambda: [ops.dequantize_cache(*c.codecs, c.kv_heads, AXES) for c in CACHES],
     "attention_dense": _dense,

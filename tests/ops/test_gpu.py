@@ -10,7 +10,7 @@ from rotquant_tvm import ops
 
 from .cases import CASES, MIXED
 from .conftest import Kernels, has_gpu
-from .reference import check_output, codec_of, coefficients, filled_cache, layout_of, random_words, stored_kv
+from .reference import check_output, codec_of, filled_cache, layout_of, random_words, stored_kv
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="no CUDA device")]
 
@@ -30,7 +30,7 @@ def test_append_is_the_same_every_time(gpu, rng, case):
     layout = layout_of(case.codecs)
     cache = random_words(rng, layout, (batch, case.kv_heads, 8))
     k, v = (rng.standard_normal((batch, case.kv_heads, tokens, case.head_dim)).astype("float32") for _ in "kv")
-    rotations = [coefficients(codec.rotation) for codec in case.codecs]
+    rotations = [codec.coefficients for codec in case.codecs]
     new = rng.integers(0, tokens + 1, batch).astype(np.int32)
     lengths = new + rng.integers(0, 56, batch).astype(np.int32)
     kernel = gpu.build(ops.append, *case.codecs, case.kv_heads, "float32")

@@ -11,13 +11,20 @@ from hypothesis.extra import numpy as hnp
 from rotquant_tvm import ops
 from rotquant_tvm.formats import EncodedKV
 
-from .reference import check_encoding, codec_of, coefficients
+from .reference import check_encoding, codec_of
 
 CODECS = [
     ("f16", 64),
     ("bf16", 80),
     ("q8_0", 64),
     ("q8_0", 80),
+    ("q4_0", 64),
+    ("q4_0", 80),
+    ("turbo2.5", 64),
+    ("dense3.5:mse", 96),
+    ("turbo2+qjl", 128),
+    ("dense4+qjl:norm", 80),
+    ("qjl1", 96),
     ("planar1", 64),
     ("planar3:mse", 96),
     ("iso4", 128),
@@ -33,6 +40,9 @@ CODECS = [
     ("hurwitz2:raw", 128),
     ("hurwitz3", 256),
     ("rq4", 80),
+    ("hurwitz2+tcq", 64),
+    ("rotor3+tcq:norm", 80),
+    ("turbo4+tcq", 256),
 ]
 LEVELS = [1e-6, 1.0, 1e3]  # of a vector's elements
 
@@ -43,7 +53,7 @@ def encode(kernels, codec, x, poisoned):
     codes = poisoned(x.shape, np.uint16 if codec.format.bits == 16 else np.uint8)
     gain = poisoned((len(x), gains), np.float16)
     kernel = kernels.build(ops.quantize, codec, str(x.dtype))
-    codes, gain = kernels.run(kernel, x, coefficients(codec.rotation), codes, gain, writes=(-2, -1))
+    codes, gain = kernels.run(kernel, x, codec.coefficients, codes, gain, writes=(-2, -1))
     return EncodedKV(codes, gain[:, : codec.gains_per_vector])
 
 
@@ -52,14 +62,14 @@ def decode(kernels, codec, encoded, poisoned, dtype="float32"):
     gain = encoded.gain if codec.gains_per_vector else poisoned((len(encoded.codes), 1), np.float16)
     kernel = kernels.build(ops.dequantize, codec, dtype)
     out = poisoned(encoded.codes.shape, dtype)
-    inverse = coefficients(codec.inverse_rotation)
+    inverse = codec.inverse_coefficients
     return kernels.run(kernel, encoded.codes, gain, inverse, out, writes=(-1,))
 
 
 def roundtrip(kernels, codec, x, poisoned):
     """Run ``roundtrip`` on x [n0, n1, n2, d]."""
     kernel = kernels.build(ops.roundtrip, codec, str(x.dtype))
-    rotations = [coefficients(r) for r in (codec.rotation, codec.inverse_rotation)]
+    rotations = [codec.coefficients, codec.inverse_coefficients]
     return kernels.run(kernel, x, *rotations, poisoned(x.shape, x.dtype), writes=(-1,))
 
 

@@ -38,7 +38,7 @@ ALL = ["reshape", "permute_dims", "permute_dims", "attention_dense"]  # queries,
 @pytest.mark.parametrize(
     ("formats", "prefill", "decode"),
     [
-        ("rq3", ALL, ["reshape", "attention_dense"]),
+        ("hurwitz3", ALL, ["reshape", "attention_dense"]),
         ("iso3/planar2", ALL, ["reshape", "attention_dense"]),
         ("iso3/f16", ["reshape", "permute_dims"], ["reshape"]),
         ("q8_0/turbo4", ["permute_dims", "attention_dense"], ["attention_dense"]),
@@ -68,7 +68,7 @@ def test_hoisting_twice_is_hoisting_once():
 
 
 def test_the_order_of_operators():
-    made = stages(TinyModel(), KVCacheConfig.parse("rq3"))["hoist"]
+    made = stages(TinyModel(), KVCacheConfig.parse("hurwitz3"))["hoist"]
     layer = ["append", "dequantize_cache", "rotate", "attention_dense", "rotate"]
     assert operators(made, "decode") == ["advance", *layer, *layer]
 

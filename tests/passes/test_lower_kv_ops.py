@@ -18,7 +18,8 @@ from rotquant_tvm.ops.site_shape import SiteShape
 from .cached_step import CASES, check_case, operators, stages
 from .tiny_model import TinyModel
 
-CONFIG = KVCacheConfig.parse("rq3", "1=q8_0/iso3")
+CONFIG = KVCacheConfig.parse("hurwitz3", "1=q8_0/iso3")
+POLICY = KVCacheConfig.parse("hurwitz3,sinks=2,recent=5,center=32", "1=q8_0/iso3")
 
 
 def capacity_tensors(mod: tvm.IRModule, name: str) -> list[str]:
@@ -29,7 +30,8 @@ def capacity_tensors(mod: tvm.IRModule, name: str) -> list[str]:
         seen = []
         structural_walk(var.ty, (tirx.Var, seen.append))
         operator = getattr(value, "op", None)
-        if any(v.same_as(tiles) for v in seen) and getattr(operator, "name", "") != "relax.call_tir_inplace":
+        in_place = isinstance(value, relax.TupleGetItem) or getattr(operator, "name", "") == "relax.call_tir_inplace"
+        if any(v.same_as(tiles) for v in seen) and not in_place:
             found.append(var.name)
     return found
 
@@ -48,25 +50,28 @@ def scratch_names(mod: tvm.IRModule) -> set[str]:
     return names
 
 
-def test_attention_reads_the_packed_cache():
-    made = stages(TinyModel(), CONFIG)
+@pytest.mark.parametrize(("config", "dequantize"), [(CONFIG, "dequantize_cache"), (POLICY, "dequantize_segments")])
+def test_attention_reads_the_packed_cache(config, dequantize):
+    made = stages(TinyModel(), config)
     for name in ("prefill", "decode"):
         before, after = operators(made["hoist"], name), operators(made["lower"], name)
-        assert {"dequantize_cache", "attention_dense"} <= set(before)
-        wanted = [op for op in before if op != "dequantize_cache"]
+        assert {dequantize, "attention_dense"} <= set(before)
+        wanted = [op for op in before if op != dequantize]
         assert after == [f"attention_{name}" if op == "attention_dense" else op for op in wanted]
 
 
-def test_nothing_of_the_capacitys_size_is_allocated():
-    made = stages(TinyModel(), CONFIG)
+@pytest.mark.parametrize("config", [CONFIG, POLICY])
+def test_nothing_of_the_capacitys_size_is_allocated(config):
+    made = stages(TinyModel(), config)
     for name in ("prefill", "decode"):
         assert capacity_tensors(made["hoist"], name)
         assert capacity_tensors(made["lower"], name) == []
     assert scratch_names(made["lower"]) <= {"batch"}
 
 
-def test_unused_kernels_are_gone():
-    lowered = stages(TinyModel(), CONFIG)["lower"]
+@pytest.mark.parametrize("config", [CONFIG, POLICY])
+def test_unused_kernels_are_gone(config):
+    lowered = stages(TinyModel(), config)["lower"]
     used = {op for name in ("prefill", "decode") for op in operators(lowered, name)}
     left = {str(f.attrs["rotquant.op"]) for f in lowered.functions.values() if isinstance(f, tirx.PrimFunc)}
     assert left == used
@@ -96,7 +101,7 @@ def test_lowering_twice_is_lowering_once():
 
 
 def test_a_cache_that_is_still_unrotated_is_refused():
-    quantized = stages(TinyModel(layers=1), KVCacheConfig.parse("rq3"))["quantize"]
+    quantized = stages(TinyModel(layers=1), KVCacheConfig.parse("hurwitz3"))["quantize"]
     with pytest.raises(UsageError, match="do not come straight from its packed cache"):
         LowerKVOps()(quantized)
     unrotated = stages(TinyModel(layers=1), KVCacheConfig.parse("f16"))["quantize"]

@@ -14,7 +14,7 @@ from .numpy_attention import run_main
 from .tiny_model import VOCAB, TinyModel
 
 
-@pytest.mark.parametrize("pair", ["rq3", "iso2/f16", "q8_0"])
+@pytest.mark.parametrize("pair", ["hurwitz3", "iso2/f16", "q8_0"])
 def test_simulation_is_numpys_round_trip(pair):
     """K and V of every token are quantized, in prefill too; the signature stays."""
     model, config = TinyModel(), KVCacheConfig.parse(pair)

@@ -21,7 +21,7 @@ ROWS = 97
 MAX_POSITION = 4096
 
 INFO = {
-    "version": 1,
+    "version": 2,
     "layout_version": 1,
     "layers": [
         {"kv_heads": 1, "head_dim": 32, "k": "hurwitz3", "v": "hurwitz3", "tile_bytes": 32},

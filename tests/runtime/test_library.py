@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import tvm
 
 from rotquant_tvm.errors import ArtifactError, DeviceError, UsageError
-from rotquant_tvm.runtime import CompiledLibrary, load, load_library
+from rotquant_tvm.runtime import CompiledLibrary, KVCacheInfo, load, load_library
 from rotquant_tvm.runtime.device import parse_device
 
 
@@ -46,6 +49,33 @@ def test_load_passes_batch_and_capacity_on(artifact):
     session = load(artifact, batch=3, capacity=50)
     assert (session.batch, session.capacity) == (3, 50)
     assert session.library.session().capacity == 128
+
+
+def test_a_library_for_one_batch_takes_no_other(library, fake_model):
+    fixed = copy.copy(library)
+    fixed.info = dataclasses.replace(library.info, batch=2)
+    session = fixed.session(capacity=40)
+    assert session.batch == 2 and library.session().batch == 1
+    session.prefill([[1, 2], [3]])
+    for refused in (
+        lambda: fixed.session(batch=1),
+        lambda: session.reset(batch=3),
+        lambda: session.reorder([0]),
+        lambda: session.stream([[1], [2], [3]], max_tokens=1),
+    ):
+        with pytest.raises(UsageError, match=r"for a batch of 2 .*use batch=2, or compile it again"):
+            refused()
+    assert session.lengths.tolist() == [2, 1]
+    session.reorder([1, 1])
+    assert session.lengths.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("batch", [0, -1, True, "2", None])
+def test_a_bad_batch_in_the_librarys_description_is_refused(fake_model, batch):
+    assert KVCacheInfo.from_document(fake_model.INFO).batch is None
+    assert KVCacheInfo.from_document(fake_model.INFO | {"batch": 4}).batch == 4
+    with pytest.raises(ArtifactError, match="'batch'"):
+        KVCacheInfo.from_document(fake_model.INFO | {"batch": batch})
 
 
 @pytest.mark.parametrize(("default", "expected"), [(None, 4096), (100, 100), (10**6, 4096)])

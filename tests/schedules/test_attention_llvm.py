@@ -70,6 +70,17 @@ CASES = [
     ("bf16/turbo2", 256, 1, 16, 2, None, None),
     ("q8_0/hurwitz1", 96, 2, 5, 2, 33, None),
     ("f16", 64, 2, 2, 2, None, GENERIC),
+    ("q8_0/q4_0", 80, 2, 3, 2, None, None),
+    ("q4_0/q8_0", 96, 1, 2, 2, None, AVX2),
+    ("turbo2.5/turbo3.5", 64, 2, 3, 2, None, None),
+    ("turbo3.5/dense2.5", 128, 1, 2, 2, None, AVX2),
+    ("dense2.5/dense3.5", 32, 1, 2, 2, None, GENERIC),
+    ("hurwitz3+tcq", 64, 1, 3, 2, None, None),
+    ("hurwitz2+tcq/turbo4+tcq:norm", 128, 1, 2, 2, None, None),
+    ("rotor3+tcq/rotor2+tcq", 80, 1, 2, 2, None, None),
+    ("hurwitz4+tcq/hurwitz3+tcq", 256, 1, 1, 2, None, AVX2),
+    ("rotor3+tcq", 80, 1, 2, 2, None, AVX2),
+    ("planar2+tcq/hurwitz4", 64, 1, 2, 2, None, GENERIC),
 ]
 
 

@@ -1,0 +1,137 @@
+"""Protocols: how a text goes through a cache, and which predictions are scored.
+
+A protocol has a ``name`` and a ``definition`` for people, and says how its libraries are compiled: ``every_logit`` (as
+of ``import_model``) and ``quantize_chunk`` (as of ``KVCacheConfig``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import tvm
+
+from rotquant_tvm.runtime.device import device_errors
+
+if TYPE_CHECKING:
+    from tvm.runtime.vm import VirtualMachine
+
+    from rotquant_tvm.runtime import CompiledLibrary
+    from rotquant_tvm.runtime.cache_arrays import CacheArrays
+
+WINDOW_BYTES = 640 << 20  # of one call's logits; two caches' are held at a time
+_TILE = 32
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits float32 [batch, n, vocab] which predict tokens ``first`` … ``first + n - 1`` of their rows."""
+
+    first: int
+    logits: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EveryToken:
+    """Every token is quantized before anything attends to it."""
+
+    name: str = field(default="every-token", init=False)
+    definition: str = field(
+        default=(
+            "Each window is one prefill in which every key and value is quantized and dequantized before any attention "
+            "reads it, its own token's included. Scored: every token of a window but the first."
+        ),
+        init=False,
+    )
+    every_logit: bool = field(default=True, init=False)
+    quantize_chunk: bool = field(default=True, init=False)
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what, beside the windows, decides the result: nothing."""
+        return {}
+
+    def batch(self, batch: int, context: int, vocab_size: int) -> int:
+        """Return how many of ``batch`` windows to send at a time: as many as ``WINDOW_BYTES`` of logits allow."""
+        return max(1, min(batch, WINDOW_BYTES // (4 * context * vocab_size)))
+
+    def predictions(self, library: CompiledLibrary, ids: np.ndarray) -> Iterator[Predictions]:
+        """Send windows int32 [batch, context] through an empty cache and yield their predictions.
+
+        One call for the whole window, or several if its logits exceed ``WINDOW_BYTES``.
+        """
+        batch, context = ids.shape
+        limit = WINDOW_BYTES // (4 * batch * library.info.vocab_size)
+        chunk = context if limit >= context else max(_TILE, limit // _TILE * _TILE)
+        cache = library.create_cache(batch, context)
+        machine = library.virtual_machine()
+        for start in range(0, context - 1, chunk):
+            # Nothing here holds on to the logits: they may go as soon as they were compared.
+            yield self._prefill(library, machine, cache, ids, slice(start, start + chunk))
+
+    def _prefill(
+        self, library: CompiledLibrary, machine: VirtualMachine, cache: CacheArrays, ids: np.ndarray, chunk: slice
+    ) -> Predictions:
+        part = np.ascontiguousarray(ids[:, chunk], np.int32)
+        lengths = np.full(len(part), part.shape[1], np.int32)
+        since = time.perf_counter()
+        with device_errors(f"prefill failed on {library.device}", "use a smaller context or batch"):
+            tensors = [tvm.runtime.tensor(array, library.device) for array in (part, lengths)]
+            logits = _host(machine["prefill"](*tensors, *cache.tensors, *library.weights))
+        seconds = time.perf_counter() - since
+        return Predictions(chunk.start + 1, logits[:, : ids.shape[1] - 1 - chunk.start], seconds)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The cache as generation uses it: ``prefill`` tokens at once, then one token at a time."""
+
+    prefill: int
+    name: str = field(default="generation", init=False)
+    every_logit: bool = field(default=False, init=False)
+    quantize_chunk: bool = field(default=False, init=False)
+
+    @property
+    def definition(self) -> str:
+        """What is done and scored."""
+        return (
+            f"The first {self.prefill} tokens of each window are prefilled, the others are fed one by one through "
+            "decode, as generation does, whatever the model would have said (teacher forcing). Scored: what each "
+            "decode step predicts."
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what, beside the windows, decides the result."""
+        return {"prefill": self.prefill}
+
+    def batch(self, batch: int, context: int, vocab_size: int) -> int:
+        """Return how many of ``batch`` windows to send at a time: all, as only one token's logits are held."""
+        return batch
+
+    def predictions(self, library: CompiledLibrary, ids: np.ndarray) -> Iterator[Predictions]:
+        """Send windows int32 [batch, context] through an empty cache and yield their predictions.
+
+        One part per decode step; the first one's seconds include the prefill's.
+        """
+        batch, context = ids.shape
+        session = library.session(batch, context)
+        since = time.perf_counter()
+        session.prefill(ids[:, : self.prefill])
+        for position in range(self.prefill, context - 1):
+            logits = session.decode(ids[:, position])
+            yield Predictions(position + 1, logits[:, None], time.perf_counter() - since)
+            since = time.perf_counter()
+
+
+TextProtocol: TypeAlias = EveryToken | Generation
+
+
+def _host(tensor: tvm.runtime.Tensor) -> np.ndarray:
+    """Return a tensor's values, without a copy where it lies in this process's memory."""
+    if tensor.device.dlpack_device_type() == tvm.cpu().dlpack_device_type():
+        return np.from_dlpack(tensor)
+    values: np.ndarray = tensor.numpy()
+    return values

@@ -1,0 +1,83 @@
+"""Which kernels work on the KV cache of each layer of a compiled module, and where each comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from .ops.site_shape import OP_ATTR
+from .schedules.vector_kv_kernels import HAND_LAID_ATTR
+
+FUNCTIONS = ("prefill", "decode")
+_TIR_CALLS = ("relax.call_tir", "relax.call_tir_inplace")
+_LAYER = re.compile(r"_(\d+)$")
+
+
+def kv_kernels(mod: tvm.IRModule) -> list[str]:
+    """Names of the module's KV kernels, sorted."""
+    functions = mod.functions_items()
+    return sorted(g.name_hint for g, f in functions if isinstance(f, tvm.tirx.PrimFunc) and _operator(f))
+
+
+def layer_kernels(mod: tvm.IRModule, layers: int) -> list[list[dict[str, Any]]]:
+    """Per layer, its KV kernels in the order in which prefill and decode first call them.
+
+    A kernel is {"operator", "kernel" (its name in the module), "functions" (which of prefill and decode call it),
+    "source"}. It is a layer's if it takes one of the layer's cache arrays, which are the functions' inputs whose
+    names end in ``_<layer>``, or what an update in place made of one.
+    """
+    found: list[dict[str, dict[str, Any]]] = [{} for _ in range(layers)]
+    names = {gvar.name_hint for gvar in mod.get_global_vars()}
+    for function in FUNCTIONS:
+        for layer, gvar in _calls(mod[function], layers) if function in names else ():
+            operator = _operator(mod[gvar])
+            if not operator:
+                continue
+            kernel = found[layer].setdefault(
+                gvar.name_hint,
+                {"operator": operator, "kernel": gvar.name_hint, "functions": [], "source": _source(mod[gvar])},
+            )
+            if function not in kernel["functions"]:
+                kernel["functions"].append(function)
+    return [list(kernels.values()) for kernels in found]
+
+
+def _calls(func: relax.Function, layers: int) -> Iterator[tuple[int, tvm.ir.GlobalVar]]:
+    """(layer, kernel) of every call of a kernel that takes a cache array."""
+    owner: dict[relax.Var, int] = {}
+    for param in func.params[: int(func.attrs["num_input"])]:
+        layer = _LAYER.search(param.name)
+        if layer is not None and int(layer[1]) < layers:
+            owner[param] = int(layer[1])
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            name = getattr(value.op, "name", "") if isinstance(value, relax.Call) else ""
+            operands = list(value.args[1]) if name in _TIR_CALLS else [_renamed(value)]
+            layer_of = next((owner[x] for x in operands if isinstance(x, relax.Var) and x in owner), None)
+            if layer_of is None:
+                continue
+            if name in _TIR_CALLS:
+                yield layer_of, value.args[0]
+            if name != "relax.call_tir":  # an update in place, one of its results, or another name
+                owner[binding.var] = layer_of
+
+
+def _renamed(value: relax.Expr) -> relax.Expr | None:
+    """What a binding that computes nothing stands for."""
+    if isinstance(value, relax.TupleGetItem):
+        return value.tuple_value
+    return value if isinstance(value, relax.Var) else None
+
+
+def _operator(func: tvm.tirx.PrimFunc) -> str:
+    return str((func.attrs or {}).get(OP_ATTR, ""))
+
+
+def _source(func: tvm.tirx.PrimFunc) -> str:
+    hand_laid = (func.attrs or {}).get(HAND_LAID_ATTR)
+    return "rule: definition" if hand_laid is None else f"rule: vector kernel {hand_laid}"

@@ -1,0 +1,121 @@
+"""A cache with a policy as a stream of tiles into the CPU attention core: tiles, sinks and the 16-bit ring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+import tvm.tirx as tir
+from tvm.tirx.script.builder import ir as T
+
+from rotquant_tvm.cache_policy import CachePolicy
+from rotquant_tvm.formats import TOKENS, Codec, TileLayout
+from rotquant_tvm.ops.segments import Segments
+
+from .attention_core_llvm import AttentionCore, wide
+from .chunk_source_llvm import ChunkSource
+from .packed_source_llvm import PackedSource
+from .vector_ops import LANES, cast, lane_numbers, splat
+
+Expr = Any
+ZERO = tir.const(0, "int32")
+
+
+class SegmentStream:
+    """Feeds the tokens of one sequence and head to ``core``; create it where its scratch should be allocated."""
+
+    def __init__(
+        self,
+        core: AttentionCore,
+        arrays: Sequence[Any],
+        codecs: tuple[Codec, Codec],
+        layout: TileLayout,
+        policy: CachePolicy,
+        target: tvm.target.Target,
+    ) -> None:
+        self.core, self.arrays, self.policy = core, arrays, policy
+        self.segments = Segments(arrays, codecs, layout, policy)
+        self.packed = PackedSource(core, codecs, layout, target)
+        self.rows = ChunkSource(core, None, None)
+
+    def feed(
+        self,
+        where: tuple[Expr, Expr],
+        stored: Expr,
+        window: tuple[Expr, Any],
+        split: Expr = ZERO,
+        splits: int = 1,
+    ) -> None:
+        """Take in positions up to ``stored - 1``; ``window``: the oldest one that any row sees, and that of a row.
+
+        A split takes its share of the tiles; the first takes the sinks too, the last the ring.
+        """
+        b, head = where
+        first, oldest = window
+        sinks = self.policy.sinks
+        packed = self.segments.packed(b, stored)
+        tiles = (packed + (TOKENS - 1)) // TOKENS
+        begin = tir.max(first - sinks, ZERO) // TOKENS
+        share = (tiles - begin + (splits - 1)) // splits
+        with T.serial(0, tir.max(share, ZERO)) as step:
+            tile = begin + split * share + step
+            with T.If(tile < tiles), T.Then():
+                if self.policy.center:
+                    self._centre(where, tile, step)
+                self.packed.load(self.arrays[0], [b, head, tile])
+                self.core.tile(tile * TOKENS + sinks, oldest, lambda _: packed + (sinks - 1))
+        if not self.policy.segmented:
+            return
+        self.core.no_centre()
+        if sinks:
+            held = tir.min(stored, tir.const(sinks, "int32"))
+            with T.If(tir.all(split == 0, first < held)), T.Then(), T.serial(0, -(-sinks // TOKENS)) as tile:
+                self._load_rows(where, lambda token: tir.min(tile * TOKENS + token, tir.const(sinks - 1, "int32")))
+                self.core.tile(tile * TOKENS, oldest, lambda _: held - 1)
+        if self.policy.ring:
+            self._feed_ring(where, stored, packed, window, split == splits - 1)
+
+    def _feed_ring(
+        self, where: tuple[Expr, Expr], stored: Expr, packed: Expr, window: tuple[Expr, Any], mine: Expr
+    ) -> None:
+        first, oldest = window
+        sinks, ring = self.policy.sinks, self.policy.ring
+        begin = tir.max(packed, first - sinks) // TOKENS
+        count = tir.max((stored - sinks + (TOKENS - 1)) // TOKENS - begin, ZERO)
+
+        def low(row: Expr) -> Expr:
+            return tir.max(oldest(row), packed + sinks)
+
+        with T.If(mine), T.Then(), T.serial(0, count) as step:
+            base = (begin + step) * TOKENS
+            turn = base % ring
+
+            def slot(token: Expr) -> Expr:
+                return tir.Select(turn + token >= ring, turn + token - ring, turn + token) % ring + sinks
+
+            self._load_rows(where, slot)
+            self.core.tile(base + sinks, low, lambda _: stored - 1)
+
+    def _load_rows(self, where: tuple[Expr, Expr], slot: Any) -> None:
+        b, head = where
+        plain = self.segments.plain
+        self.rows.load_rows(lambda role, token, dim: wide(plain, [b, head, role, slot(token)], dim))
+
+    def _centre(self, where: tuple[Expr, Expr], tile: Expr, step: Expr) -> None:
+        """Prepare the centre of a block at its first tile, or at the first tile of the share."""
+        b, head = where
+        tiles = self.policy.center // TOKENS
+        centre = self.segments.centre
+        block = tile // tiles
+        scale = tir.reinterpret("float32", centre[b, head, block, centre.shape[3] - 1])
+
+        def load(dim: Expr) -> Expr:
+            at = splat(dim.astype("int32") // 4, "int32") + tir.floordiv(lane_numbers(), splat(4, "int32"))
+            bytes_ = centre[b, head, block, at]
+            shift = splat(8, "int32") * (splat(3, "int32") - tir.floormod(lane_numbers(), splat(4, "int32")))
+            signed = cast(bytes_, "int32") << shift
+            return cast(signed >> splat(24, "int32"), "float32") * tir.Broadcast(scale, LANES)
+
+        with T.If(tir.any(tile % tiles == 0, step == 0)), T.Then():
+            self.core.take_centre(load)
