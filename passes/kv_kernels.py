@@ -72,9 +72,9 @@ class KernelLibrary:
         common = (shape.kv_heads, shape.head_dim, words, shape.dtype, shape.cache_policy, self.axes)
         return self._add(("append_plain", *common), lambda: ops.append_plain(*common))
 
-    def join(self, columns: int, dtype: str, others: tuple[tuple[int, str], ...]) -> tvm.ir.GlobalVar:
+    def join(self, result: tuple[int, str], others: tuple[tuple[int, str], ...]) -> tvm.ir.GlobalVar:
         """``ops.join``."""
-        return self._add(("join", columns, dtype, others), lambda: ops.join(columns, dtype, others, self.axes))
+        return self._add(("join", result, others), lambda: ops.join(result, others, self.axes))
 
     def split_centre(self, site: AttentionSite, dtype: str, sinks: int, center: int) -> tvm.ir.GlobalVar:
         """``ops.split_centre``."""

@@ -108,8 +108,8 @@ class SiteAttention:
         if not self.appended:
             return logits
         logits = self.builder.emit(logits)
-        others = tuple((array.ty.ndim, str(array.ty.dtype)) for array in self.appended)
-        kernel = self.kernels.join(int(logits.ty.shape[-1]), str(logits.ty.dtype), others)
+        kind, *others = [(array.ty.ndim, str(array.ty.dtype)) for array in (logits, *self.appended)]
+        kernel = self.kernels.join(kind, tuple(others))
         return relax.op.call_tir_inplace(kernel, relax.Tuple([logits, *self.appended]), 0, logits.ty)
 
     def _append(

@@ -88,8 +88,9 @@ class VectorIndex:
     def encoded(self) -> EncodedKV:
         """Return the vectors as ``Codec.encode`` does: codes [n, d] and gain [n, gains]."""
         parts = self.layout.unpack(self.tiles.numpy().view(np.uint8))
-        codes, gain = (x.reshape(len(x) * TOKENS, x.shape[-1])[: self.size] for x in (parts.codes, parts.gain))
-        return EncodedKV(codes, gain)
+        rows = len(parts.codes) * TOKENS
+        codes = parts.codes.reshape(rows, self.codec.head_dim)
+        return EncodedKV(codes[: self.size], parts.gain.reshape(rows, self.codec.gains_per_vector)[: self.size])
 
     def scores(self, queries: Any) -> Any:
         """Return the estimated inner products of queries [m, d] with all vectors, float32 [m, n].

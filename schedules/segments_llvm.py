@@ -12,6 +12,7 @@ from tvm.tirx.script.builder import ir as T
 from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.formats import TOKENS, Codec, TileLayout
 from rotquant_tvm.ops.segments import Segments
+from rotquant_tvm.ops.vector_code import register
 
 from .attention_core_llvm import AttentionCore, wide
 from .chunk_source_llvm import ChunkSource
@@ -54,12 +55,12 @@ class SegmentStream:
         b, head = where
         first, oldest = window
         sinks = self.policy.sinks
-        packed = self.segments.packed(b, stored)
-        tiles = (packed + (TOKENS - 1)) // TOKENS
-        begin = tir.max(first - sinks, ZERO) // TOKENS
-        share = (tiles - begin + (splits - 1)) // splits
+        packed = register(self.segments.packed(b, stored))
+        tiles = register((packed + (TOKENS - 1)) // TOKENS)
+        begin = register(tir.max(first - sinks, ZERO) // TOKENS)
+        share = register((tiles - begin + (splits - 1)) // splits)
         with T.serial(0, tir.max(share, ZERO)) as step:
-            tile = begin + split * share + step
+            tile = register(begin + split * share + step)
             with T.If(tile < tiles), T.Then():
                 if self.policy.center:
                     self._centre(where, tile, step)
@@ -69,7 +70,7 @@ class SegmentStream:
             return
         self.core.no_centre()
         if sinks:
-            held = tir.min(stored, tir.const(sinks, "int32"))
+            held = register(tir.min(stored, tir.const(sinks, "int32")))
             with T.If(tir.all(split == 0, first < held)), T.Then(), T.serial(0, -(-sinks // TOKENS)) as tile:
                 self._load_rows(where, lambda token: tir.min(tile * TOKENS + token, tir.const(sinks - 1, "int32")))
                 self.core.tile(tile * TOKENS, oldest, lambda _: held - 1)
@@ -81,18 +82,18 @@ class SegmentStream:
     ) -> None:
         first, oldest = window
         sinks, ring = self.policy.sinks, self.policy.ring
-        begin = tir.max(packed, first - sinks) // TOKENS
-        count = tir.max((stored - sinks + (TOKENS - 1)) // TOKENS - begin, ZERO)
+        begin = register(tir.max(packed, first - sinks) // TOKENS)
+        count = register(tir.max((stored - sinks + (TOKENS - 1)) // TOKENS - begin, ZERO))
 
         def low(row: Expr) -> Expr:
             return tir.max(oldest(row), packed + sinks)
 
         with T.If(mine), T.Then(), T.serial(0, count) as step:
-            base = (begin + step) * TOKENS
-            turn = base % ring
+            base = register((begin + step) * TOKENS)
+            turn = register(base % ring)
 
             def slot(token: Expr) -> Expr:
-                return tir.Select(turn + token >= ring, turn + token - ring, turn + token) % ring + sinks
+                return tir.Select(turn + token >= ring, turn + token - ring, turn + token) + sinks
 
             self._load_rows(where, slot)
             self.core.tile(base + sinks, low, lambda _: stored - 1)

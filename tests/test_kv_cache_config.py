@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.errors import FormatError, UsageError
 from rotquant_tvm.formats import KVFormat
-from rotquant_tvm.kv_cache_config import KVCacheConfig, LayerFormats
+from rotquant_tvm.kv_cache_config import PRESETS, KVCacheConfig, LayerFormats
 
 
 def names(config: KVCacheConfig, count: int) -> list[str]:
@@ -19,9 +20,49 @@ def names(config: KVCacheConfig, count: int) -> list[str]:
 
 
 def test_one_format_is_for_keys_and_values():
+    config = KVCacheConfig.parse("iso3")
+    assert config.formats == LayerFormats(KVFormat.parse("iso3"), KVFormat.parse("iso3"))
+    assert names(config, 3) == ["iso3"] * 3 and config.overrides == {} and config.seed == 0
+    assert config.policy == CachePolicy()
+
+
+def test_a_preset_brings_its_policy_and_unbiased_keys():
     config = KVCacheConfig.parse("rq3")
-    assert config.formats == LayerFormats(KVFormat.parse("rq3"), KVFormat.parse("rq3"))
-    assert names(config, 3) == ["hurwitz3"] * 3 and config.overrides == {} and config.seed == 0
+    assert config.formats.name == "hurwitz3:ip/hurwitz3" and config.policy == PRESETS["rq3"] != CachePolicy()
+    assert KVCacheConfig.parse("rq2+tcq").formats.name == "hurwitz2+tcq:ip/hurwitz2+tcq"
+    assert KVCacheConfig.parse("rq4/f16").policy == PRESETS["rq4"]
+
+
+def test_options_of_the_policy_follow_the_formats():
+    config = KVCacheConfig.parse("iso3/planar2, sinks=4 ,center=64")
+    assert config.formats.name == "iso3/planar2" and config.policy == CachePolicy(sinks=4, center=64)
+    changed = KVCacheConfig.parse("rq3,recent=0,defer=100")
+    assert changed.policy == CachePolicy(sinks=4, center=64, defer=100)
+    for text in ("rq3", "iso3/planar2,sinks=4", "q8_0", "rq2+tcq,recent=64"):
+        parsed = KVCacheConfig.parse(text)
+        assert KVCacheConfig.parse(parsed.name) == parsed
+
+
+@pytest.mark.parametrize("text", ["rq3,", "rq3,sinks", "rq3,sinks=", "rq3,sinks=-1", "rq3,sinks=x", "rq3,4"])
+def test_options_that_cannot_be_read(text):
+    if text == "rq3,":
+        assert KVCacheConfig.parse(text) == KVCacheConfig.parse("rq3")
+        return
+    with pytest.raises(UsageError, match="cannot read the cache option .* write it like sinks=4"):
+        KVCacheConfig.parse(text)
+
+
+def test_unknown_and_impossible_options():
+    with pytest.raises(UsageError, match="unknown cache option 'window'; known: sinks, recent, center, defer"):
+        KVCacheConfig.parse("iso3,window=4")
+    with pytest.raises(UsageError, match="multiple of 32"):
+        KVCacheConfig.parse("iso3,center=40")
+
+
+def test_layers_of_sixteen_bits_have_no_policy():
+    config = KVCacheConfig.parse("rq3", "0=f16;1=f16/iso3")
+    assert config.layer_policy(0, 3) == CachePolicy()
+    assert config.layer_policy(1, 3) == config.layer_policy(2, 3) == config.policy
 
 
 def test_a_pair_is_keys_then_values():

@@ -9,7 +9,7 @@ import tvm
 
 from rotquant_tvm.formats import TileLayout, parse_pair
 from rotquant_tvm.ops import Axes, advance
-from rotquant_tvm.report import cache_bytes, compile_report
+from rotquant_tvm.report import cache_bytes, compile_report, true_bits
 
 
 def info(*layers):
@@ -20,7 +20,8 @@ def info(*layers):
         tile = TileLayout(k, v, head_dim).tile_bytes
         layer = {"kv_heads": kv_heads, "head_dim": head_dim, "k": k.name, "v": v.name, "tile_bytes": tile}
         described.append(layer)
-    return {"layers": described}
+    versions = {"version": 2, "layout_version": 1, "vocab_size": 9, "max_position": 4096, "dtype": "float32"}
+    return versions | {"layers": described, "weights": []}
 
 
 def report(*layers, mod=None):
@@ -47,6 +48,21 @@ def test_true_bits(pair, head_dim, bits, compression):
     assert found["bits_per_element"] == pytest.approx(bits)
     assert found["compression"] == pytest.approx(compression, rel=1e-3)
     assert found["f16_bytes_per_token"] == 2 * 2 * head_dim * 2 * 2
+
+
+def test_every_segment_counts():
+    """Tiles, centres, sinks and ring, as they are allocated, by hand."""
+    document = info(("hurwitz3", 64, 3))
+    document["layers"][0]["policy"] = {"sinks": 4, "recent": 8, "center": 64, "defer": 0}
+    for tokens, tiles in ((1024, 30), (8192, 254), (70, 2)):
+        nbytes = 3 * (tiles * 32 * (2 * 64 * 3 // 8 + 4) + tiles // 2 * (64 + 4) + 2 * 2 * 64 * (4 + 8 + 64))
+        assert cache_bytes(document, tokens) == nbytes
+        assert true_bits(document, tokens) == pytest.approx(8 * nbytes / (tokens * 3 * 64 * 2))
+    found = compile_report(document, {"model_type": "llama"}, tvm.target.Target("llvm"), {}, tvm.IRModule())
+    layer = found["layers"][0]
+    assert layer["policy"] == "sinks=4,recent=8,center=64"
+    assert layer["k_bits"] == pytest.approx(3.25 + (64 + 4) * 8 / (64 * 64)) and layer["v_bits"] == 3.25
+    assert found["true_bits"]["8192"] == true_bits(document, 8192)
 
 
 def test_layers_are_described_one_by_one():

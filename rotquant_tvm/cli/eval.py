@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace, output: Output) -> None:
     """Evaluate; every cheap check comes before torch and TVM are loaded."""
+    from rotquant_tvm.kv_cache_config import KVCacheConfig
+
+    texts = arguments.kv_cache or ["rq3"]
+    for text in texts:
+        KVCacheConfig.parse(text, arguments.kv_layers)
     prefill = _check_lengths(arguments)
     if arguments.html is not None:
         from rotquant_tvm.evaluation.plots import require_matplotlib
@@ -83,7 +88,7 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
         from rotquant_tvm.evaluation.evaluation import Evaluation, Settings
         from rotquant_tvm.evaluation.libraries import Candidate
 
-        given = [Candidate.parse(text, arguments.kv_layers) for text in arguments.kv_cache or ["rq3"]]
+        given = [Candidate.parse(text, arguments.kv_layers) for text in texts]
         settings = Settings(
             model,
             arguments.text,

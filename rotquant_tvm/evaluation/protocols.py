@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import tvm
 
+from rotquant_tvm.errors import UsageError
 from rotquant_tvm.runtime.device import device_errors
 
 if TYPE_CHECKING:
-    from tvm.runtime.vm import VirtualMachine
-
     from rotquant_tvm.runtime import CompiledLibrary
-    from rotquant_tvm.runtime.cache_arrays import CacheArrays
 
 WINDOW_BYTES = 640 << 20  # of one call's logits; two caches' are held at a time
-_TILE = 32
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ class EveryToken:
     definition: str = field(
         default=(
             "Each window is one prefill in which every key and value is quantized and dequantized before any attention "
-            "reads it, its own token's included. Scored: every token of a window but the first."
+            "reads it, its own token's included; of a cache policy, sinks and centring hold, recent tokens are "
+            "quantized. Scored: every token of a window but the first."
         ),
         init=False,
     )
@@ -55,34 +53,32 @@ class EveryToken:
         return {}
 
     def batch(self, batch: int, context: int, vocab_size: int) -> int:
-        """Return how many of ``batch`` windows to send at a time: as many as ``WINDOW_BYTES`` of logits allow."""
-        return max(1, min(batch, WINDOW_BYTES // (4 * context * vocab_size)))
+        """Return how many of ``batch`` windows to send at a time: as many as ``WINDOW_BYTES`` of logits allow.
+
+        Raises UsageError if not even one fits.
+        """
+        window = 4 * context * vocab_size
+        if window > WINDOW_BYTES:
+            raise UsageError(
+                f"{self.name}: the logits of a window of {context} tokens take {window >> 20} MiB; "
+                f"use a context of {WINDOW_BYTES // (4 * vocab_size)} or less"
+            )
+        return min(batch, WINDOW_BYTES // window)
 
     def predictions(self, library: CompiledLibrary, ids: np.ndarray) -> Iterator[Predictions]:
-        """Send windows int32 [batch, context] through an empty cache and yield their predictions.
+        """Send windows int32 [batch, context] through an empty cache, in one call, and yield their predictions."""
+        # Nothing here holds on to the logits: they may go as soon as they were compared.
+        yield self._prefill(library, np.ascontiguousarray(ids, np.int32))
 
-        One call for the whole window, or several if its logits exceed ``WINDOW_BYTES``.
-        """
-        batch, context = ids.shape
-        limit = WINDOW_BYTES // (4 * batch * library.info.vocab_size)
-        chunk = context if limit >= context else max(_TILE, limit // _TILE * _TILE)
-        cache = library.create_cache(batch, context)
+    def _prefill(self, library: CompiledLibrary, ids: np.ndarray) -> Predictions:
+        cache = library.create_cache(*ids.shape)
         machine = library.virtual_machine()
-        for start in range(0, context - 1, chunk):
-            # Nothing here holds on to the logits: they may go as soon as they were compared.
-            yield self._prefill(library, machine, cache, ids, slice(start, start + chunk))
-
-    def _prefill(
-        self, library: CompiledLibrary, machine: VirtualMachine, cache: CacheArrays, ids: np.ndarray, chunk: slice
-    ) -> Predictions:
-        part = np.ascontiguousarray(ids[:, chunk], np.int32)
-        lengths = np.full(len(part), part.shape[1], np.int32)
+        lengths = np.full(len(ids), ids.shape[1], np.int32)
         since = time.perf_counter()
         with device_errors(f"prefill failed on {library.device}", "use a smaller context or batch"):
-            tensors = [tvm.runtime.tensor(array, library.device) for array in (part, lengths)]
+            tensors = [tvm.runtime.tensor(array, library.device) for array in (ids, lengths)]
             logits = _host(machine["prefill"](*tensors, *cache.tensors, *library.weights))
-        seconds = time.perf_counter() - since
-        return Predictions(chunk.start + 1, logits[:, : ids.shape[1] - 1 - chunk.start], seconds)
+        return Predictions(1, logits[:, :-1], time.perf_counter() - since)
 
 
 @dataclass(frozen=True)

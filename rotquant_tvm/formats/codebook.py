@@ -72,9 +72,10 @@ class Codebook:
             codes += values > boundary * radius
         return codes
 
-    def decode(self, codes: NDArray[np.uint8], dtype: DTypeLike = np.float64) -> NDArray[Any]:
+    def decode(self, codes: NDArray[Any], dtype: DTypeLike = np.float64) -> NDArray[Any]:
         """Return the centroids of codes."""
-        return self.centroids.astype(dtype)[codes]
+        values: NDArray[Any] = self.centroids.astype(dtype)[codes]
+        return values
 
     def middle(self) -> int:
         """Return the code of the elements of a vector of zeros."""

@@ -227,7 +227,8 @@ class Codec:
         residual = y - gain.astype(x.dtype) * q
         signs = (self.sketch.apply(residual) > 0).astype(np.uint8)
         norm = half_gain(np.sqrt((residual * residual).sum(-1)))[..., None]
-        return EncodedKV(codes | signs << self.format.bits, np.concatenate([gain, norm], axis=-1))
+        codes = (codes | signs << self.format.bits).astype(np.uint8)
+        return EncodedKV(codes, np.concatenate([gain, norm], axis=-1))
 
 
 def _coefficients(rotation: Rotation, sketch: Rotation | None) -> NDArray[np.float32]:

@@ -49,7 +49,7 @@ def encode_linear(x: NDArray[Any], bits: int) -> tuple[NDArray[np.uint8], NDArra
     return np.ascontiguousarray(flat), gain
 
 
-def linear_values(codes: NDArray[np.uint8], bits: int, dtype: DTypeLike) -> NDArray[Any]:
+def linear_values(codes: NDArray[Any], bits: int, dtype: DTypeLike) -> NDArray[Any]:
     """Return what codes of 8 or 4 bits stand for, in units of their scale."""
     values: NDArray[Any] = (codes.view(np.int8) if bits == 8 else codes.astype(np.int8) - NIBBLE_ZERO).astype(dtype)
     return values

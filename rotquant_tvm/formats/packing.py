@@ -226,8 +226,8 @@ class TileLayout:
                 f"tiles are {values.dtype} {list(values.shape)}; {self.k.name}/{self.v.name} at head_dim "
                 f"{self.head_dim} needs uint8 [..., {self.tile_bytes}]"
             )
-        sections, head_dim = self.sections, self.head_dim
-        return unpack_role(values, sections, "k", self.k, head_dim), unpack_role(values, sections, "v", self.v, head_dim)
+        k = unpack_role(values, self.sections, "k", self.k, self.head_dim)
+        return k, unpack_role(values, self.sections, "v", self.v, self.head_dim)
 
     def _roles(self, k: EncodedKV, v: EncodedKV) -> tuple[tuple[Role, EncodedKV, KVFormat], ...]:
         return ("k", k, self.k), ("v", v, self.v)
@@ -259,7 +259,8 @@ def check_encoded(
 
 def low_bits(codes: NDArray[Any], kv_format: KVFormat) -> NDArray[Any]:
     """Return the bits of codes that the codes section holds."""
-    return codes & codes.dtype.type(2**kv_format.bits - 1)
+    low: NDArray[Any] = codes & codes.dtype.type(2**kv_format.bits - 1)
+    return low
 
 
 def pack_plane(codes: NDArray[Any], role: Role, kv_format: KVFormat) -> NDArray[np.uint8]:

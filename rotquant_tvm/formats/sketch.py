@@ -57,9 +57,10 @@ class SignCodebook:
         """Return uint8 codes, the shape of ``y``: whether y > 0."""
         return (np.asarray(y) > 0).astype(np.uint8)
 
-    def decode(self, codes: NDArray[np.uint8], dtype: DTypeLike = np.float64) -> NDArray[Any]:
+    def decode(self, codes: NDArray[Any], dtype: DTypeLike = np.float64) -> NDArray[Any]:
         """Return the values of codes."""
-        return self.centroids.astype(dtype)[codes]
+        values: NDArray[Any] = self.centroids.astype(dtype)[codes]
+        return values
 
     def middle(self) -> int:
         """Return the code of the elements of a vector of zeros."""

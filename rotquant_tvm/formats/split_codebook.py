@@ -39,7 +39,7 @@ class SplitCodebook:
         first, second = np.split(np.asarray(y), 2, axis=-1)
         return np.concatenate([self.wide.nearest(first, norm), self.narrow.nearest(second, norm)], axis=-1)
 
-    def decode(self, codes: NDArray[np.uint8], dtype: DTypeLike = np.float64) -> NDArray[Any]:
+    def decode(self, codes: NDArray[Any], dtype: DTypeLike = np.float64) -> NDArray[Any]:
         """Return the centroids of codes [..., head_dim]."""
         first, second = np.split(codes, 2, axis=-1)
         return np.concatenate([self.wide.decode(first, dtype), self.narrow.decode(second, dtype)], axis=-1)

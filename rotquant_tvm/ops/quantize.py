@@ -12,8 +12,9 @@ from tvm.tirx.script.builder import ir as T
 
 from ..formats import Codec
 from .axes import Axes
+from .registers import f32
 from .sketch_code import sign_value, sketch_element
-from .vector_code import EncodeBuffers, element_value, emit_encode, emit_rotation, f32, gain_row
+from .vector_code import EncodeBuffers, element_value, emit_encode, emit_rotation, gain_row
 
 Expr = Any
 

@@ -14,8 +14,9 @@ from tvm.tirx.script.builder import ir as T
 from ..formats import TOKENS, Codec, KeyLayout, KVFormat
 from .axes import Axes
 from .dequantize import TileReader
+from .registers import f32, registers
 from .sketch_code import sketch_element
-from .vector_code import emit_rotation, f32, registers
+from .vector_code import emit_rotation
 
 SCORE_ATTR = "rotquant.score"
 

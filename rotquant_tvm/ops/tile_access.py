@@ -11,7 +11,7 @@ from typing import Any
 
 import tvm.tirx as tir
 
-from ..formats import KeyLayout, TileLayout
+from ..formats import KeyLayout, KVFormat, TileLayout
 
 Expr = Any
 Load = Callable[[Expr], Expr]
@@ -125,7 +125,7 @@ class CodeSection:
 
 def code_section(layout: TileLayout | KeyLayout, role: str) -> CodeSection:
     """The codes section of ``role`` (``"k"`` or ``"v"``) of a layout."""
-    fmt = layout.k if role == "k" else layout.v
+    fmt: KVFormat = getattr(layout, role)
     first, extra = (layout.sections[f"{role}_{name}"].offset // 4 for name in ("codes", "extra"))
     dims = fmt.plane_dims(layout.head_dim)
     plane = CodeSection(role, 1, dims, extra) if dims else None

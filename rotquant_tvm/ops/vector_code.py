@@ -11,12 +11,24 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from ..formats import HALF_MAX, IP_FLOOR, LINEAR_BLOCK, NIBBLE_ZERO, Codebook, Codec, KVFormat, SignCodebook
+from ..errors import FormatError
+from ..formats import (
+    HALF_MAX,
+    IP_FLOOR,
+    LINEAR_BLOCK,
+    NIBBLE_ZERO,
+    Codebook,
+    Codec,
+    KVFormat,
+    SignCodebook,
+    SplitCodebook,
+)
 from ..formats.trellis import Trellis
 from .axes import Axes
 from .linear_code import emit_bytes, emit_nibbles
-from .registers import f32, registers
+from .registers import f32 as f32
 from .registers import register as register
+from .registers import registers as registers
 from .sketch_code import emit_residual_sketch
 from .tile_access import u32
 from .trellis_code import TrellisSearch, state_value, window
@@ -91,14 +103,16 @@ def code_value(codec: Codec, code: Expr) -> Expr:
         return (code.astype("int32") - NIBBLE_ZERO).astype("float32")
     if kind == "linear":
         return code.astype("uint8").astype("int8").astype("float32")
-    return _tree(code, [float(c) for c in codec.codebook.centroids], codec.format.bits - 1)
+    if codec.code_values is None:
+        raise FormatError(f"the codes of {codec.format.name} have no values of their own")
+    return _tree(code, [float(c) for c in codec.code_values], codec.format.bits - 1)
 
 
 def element_value(codec: Codec, code: Callable[[Expr], Expr], dim: Expr) -> Expr:
     """The float32 value of the element at ``dim``, before the gain; ``code(dim)`` is a code of its vector (uint32)."""
     if isinstance(codec.codebook, Trellis):
         return state_value(codec.codebook, window(codec.format.bits, codec.head_dim, code, dim))
-    if codec.format.codebook == "split":
+    if isinstance(codec.codebook, SplitCodebook):
         wide, narrow = (
             _tree(code(dim), [float(c) for c in book.centroids], book.bits - 1)
             for book in (codec.codebook.wide, codec.codebook.narrow)
@@ -212,10 +226,13 @@ def _emit_norm(axes: Axes, head_dim: int, buffers: EncodeBuffers) -> None:
 
 def element_code(codec: Codec, value: Expr, norm: Expr, dim: Expr) -> Expr:
     """The code (uint32) of the rotated element at ``dim``."""
-    if codec.format.codebook != "split":
-        return boundary_count(codec.codebook, value, norm)
-    wide, narrow = (boundary_count(book, value, norm) for book in (codec.codebook.wide, codec.codebook.narrow))
-    return tir.Select(dim < codec.head_dim // 2, wide, narrow)
+    book = codec.codebook
+    if isinstance(book, SplitCodebook):
+        wide, narrow = (boundary_count(part, value, norm) for part in (book.wide, book.narrow))
+        return tir.Select(dim < codec.head_dim // 2, wide, narrow)
+    if not isinstance(book, Codebook | SignCodebook):
+        raise FormatError(f"the codes of {codec.format.name} are not chosen element by element")
+    return boundary_count(book, value, norm)
 
 
 def boundary_count(codebook: Codebook | SignCodebook, value: Expr, norm: Expr) -> Expr:

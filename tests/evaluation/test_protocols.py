@@ -12,7 +12,7 @@ import tvm
 
 from rotquant_tvm import KVCacheConfig
 from rotquant_tvm import compile as compile_model
-from rotquant_tvm.evaluation import protocols
+from rotquant_tvm.errors import UsageError
 from rotquant_tvm.evaluation.protocols import EveryToken, Generation
 from rotquant_tvm.formats import Codec
 from rotquant_tvm.frontend import ImportedModel
@@ -81,16 +81,10 @@ def ordinary():
     return _library(TINY.TinyModel(), quantize_chunk=False)
 
 
-@pytest.mark.parametrize("limit", [None, 33], ids=["one call", "chunks"])
-def test_every_token_is_quantized_before_it_is_read(every_logit, ids, expected, monkeypatch, limit):
-    if limit:
-        monkeypatch.setattr(protocols, "WINDOW_BYTES", 2 * 4 * limit * TINY.VOCAB)
-    parts = list(EveryToken().predictions(every_logit, ids))
-    assert [part.first for part in parts] == ([1] if limit is None else [1, 33])
-    logits = np.concatenate([part.logits for part in parts], axis=1)
-    assert logits.shape == (2, CONTEXT - 1, TINY.VOCAB)
-    np.testing.assert_allclose(logits, expected[:, :-1], atol=2e-3)
-    assert all(part.seconds > 0 for part in parts)
+def test_every_token_is_quantized_before_it_is_read(every_logit, ids, expected):
+    (part,) = EveryToken().predictions(every_logit, ids)
+    assert part.first == 1 and part.logits.shape == (2, CONTEXT - 1, TINY.VOCAB) and part.seconds > 0
+    np.testing.assert_allclose(part.logits, expected[:, :-1], atol=2e-3)
 
 
 def test_generation_scores_what_decode_steps_predict(ordinary, ids):
@@ -112,5 +106,8 @@ def test_generation_from_the_first_token_quantizes_every_other(ordinary, ids, ex
 
 def test_batches_keep_one_calls_logits_bounded():
     assert EveryToken().batch(16, 1024, 49152) == 3
-    assert EveryToken().batch(2, 1024, 49152) == 2 and EveryToken().batch(4, 32768, 256000) == 1
+    assert EveryToken().batch(2, 1024, 49152) == 2 and EveryToken().batch(4, 1024, 151936) == 1
+    with pytest.raises(UsageError, match="context of 655 or less"):
+        EveryToken().batch(4, 1024, 256000)
+    assert EveryToken().batch(4, 655, 256000) == 1
     assert Generation(5).batch(16, 32768, 256000) == 16

@@ -45,11 +45,11 @@ def test_the_reference_table(name):
     error = estimates(name) - 0.5
     noise = 4 * error.std() / np.sqrt(VECTORS)
     assert np.sqrt((error**2).mean()) == pytest.approx(rmse, rel=0.02)
-    rounding = 1.5e-4
     if "+qjl" in name:  # the table's own draws left a bias; the estimator has none
         assert abs(error.mean()) < noise and abs(bias) < 0.005
     else:
-        assert error.mean() == pytest.approx(bias, abs=noise + rounding)
+        slack = noise + 5e-5 + 5e-4 * (name.endswith("raw"))  # −D/2 is the raw bias; the table's are that much less
+        assert error.mean() == pytest.approx(bias, abs=slack)
         assert 1 + 2 * error.mean() == pytest.approx(slope, abs=2 * noise + 1e-3)
 
 
