@@ -20,7 +20,7 @@ from rotquant_tvm.formats import VERSION as LAYOUT_VERSION
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 
 from .binding_copy import BindingCopy
-from .find_attention import AttentionSite, dataflow_graph, find_attention
+from .find_attention import dataflow_graph, find_attention
 from .kv_kernels import KernelLibrary
 from .layer_cache import LayerCache
 from .simulate_kv_cache import Simulation

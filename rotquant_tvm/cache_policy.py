@@ -25,11 +25,11 @@ OPTIONS = ("sinks", "recent", "center", "defer")
 class CachePolicy:
     """Numbers of tokens, all 0 by default: then every token is quantized as it comes.
 
-    sinks   first tokens of a sequence that stay in 16 bits (attention sinks).
-    recent  at least so many of the newest tokens are in 16 bits.
-    center  K is centred: blocks of so many tokens (a multiple of 32) are flushed together, less their mean key, which is
-            stored beside them. Attention adds ⟨q, mean⟩ to the block's scores: exact and causal.
-    defer   further 16-bit slots, which prefill fills before it quantizes anything; decode drains them.
+    sinks   first tokens of a sequence that stay in 16 bits (attention sinks). recent  at least so many of the newest
+    tokens are in 16 bits (after a crop into tiles, those that come from then on). center  K is centred: blocks of so
+    many tokens (a multiple of 32) are flushed together, less their mean key, which
+            is stored beside them. Attention adds ⟨q, mean⟩ to the block's scores: exact and causal.
+    defer   further 16-bit slots, which prefill fills before it quantizes anything; the first decode step drains them.
 
     Raises ``UsageError`` for numbers that make no sense.
     """
@@ -82,8 +82,8 @@ class CachePolicy:
     def packed_after(self, packed: IntArray, lengths: IntArray, chunk: bool) -> IntArray:
         """Return how many tokens behind the sinks are in tiles after a call, int32 [batch].
 
-        ``packed``: how many were; ``lengths``: with the call's tokens; ``chunk``: it was a prefill. Whole blocks leave the
-        ring, as many as keep ``recent`` tokens there; with ``defer`` a prefill only moves out what has no slot.
+        ``packed``: how many were; ``lengths``: with the call's tokens; ``chunk``: it was a prefill. Whole blocks leave
+        the ring, as many as keep ``recent`` tokens there; with ``defer`` a prefill only moves out what has no slot.
         """
         if not self.segmented:
             return lengths
@@ -107,12 +107,18 @@ class CachePolicy:
         return ",".join(f"{name}={value}" for name, value in asdict(self).items() if value)
 
 
+NO_POLICY = CachePolicy()
+"""Every token is quantized as it comes."""
+
+
 def read_options(text: str) -> dict[str, int]:
     """Read ``"name=number,name=number"``; raises ``UsageError``."""
     options = {}
     for part in filter(None, (word.strip() for word in text.split(","))):
         name, sign, value = part.partition("=")
-        if not sign or not value.strip().isdecimal():
+        if not sign or not (value.strip().isascii() and value.strip().isdecimal()):
             raise UsageError(f"cannot read the cache option '{part}'; write it like sinks=4")
+        if name.strip() in options:
+            raise UsageError(f"the cache option '{name.strip()}' is given twice")
         options[name.strip()] = int(value)
     return options

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .cache_policy import CachePolicy, read_options
+from .cache_policy import NO_POLICY, CachePolicy, read_options
 from .errors import UsageError
-from .formats import Codec, KVFormat, parse_pair
+from .formats import Codec, KVFormat, parse_pair, preset_of
 
 _PRESET_POLICY = CachePolicy(sinks=4, recent=8, center=64)
-PRESETS = {name + end: _PRESET_POLICY for name in ("rq2", "rq3", "rq4") for end in ("", "+tcq")}
+PRESETS = dict.fromkeys(("rq2", "rq3", "rq4"), _PRESET_POLICY)
 """The cache policy of each preset (``docs/evaluation.md`` says how it was found); their formats are in ``formats``."""
 
 
@@ -43,7 +43,7 @@ class KVCacheConfig:
     formats: LayerFormats
     overrides: dict[int, LayerFormats] = field(default_factory=dict)
     seed: int = 0
-    policy: CachePolicy = CachePolicy()
+    policy: CachePolicy = NO_POLICY
     quantize_chunk: bool = False
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class KVCacheConfig:
             if not sign or not numbers:
                 raise UsageError(f"cannot read the layer overrides '{part}'; write them like '0,-1=f16;5=iso4'")
             overrides.update(dict.fromkeys(numbers, LayerFormats.parse(name.strip())))
-        named = [PRESETS[word] for word in formats.strip().split("/") if word in PRESETS]
+        named = [PRESETS[preset] for preset in map(preset_of, formats.split("/")) if preset]
         policy = (named[0] if named else CachePolicy()).changed(read_options(options))
         return cls(LayerFormats.parse(formats.strip()), overrides, seed, policy)
 

@@ -23,10 +23,10 @@ def compile_report(
 ) -> dict[str, Any]:
     """Describe a compiled library.
 
-    Per layer: K and V format and cache policy, bits per element of a packed token (gains and centres counted), its bytes
-    and those in an f16 cache, and the kernels of ``layer_kernels``; their totals; the true bits per element of whole
-    sequences of ``LENGTHS`` tokens, every array counted as it is allocated; the KV kernels in the module; the batch, if it is fixed; seconds
-    per stage, and per pass of the pipeline.
+    Per layer: K and V format and cache policy, bits per element of a packed token (gains and centres counted), its
+    bytes and those in an f16 cache, and the kernels of ``layer_kernels``; their totals; the true bits per element of
+    whole sequences of ``LENGTHS`` tokens, every array counted as it is allocated; the KV kernels in the module; the
+    batch, if it is fixed; seconds per stage, and per pass of the pipeline.
     """
     from .runtime.cache_info import KVCacheInfo
 
@@ -78,6 +78,6 @@ def cache_bytes(info: dict[str, Any], tokens: int) -> int:
 
 
 def true_bits(info: dict[str, Any], tokens: int) -> float:
-    """Bits per element of keys and values of a sequence of ``tokens`` tokens: codes, gains, centres, 16-bit segments."""
+    """Bits per element of K and V of a sequence of ``tokens`` tokens: codes, gains, centres, 16-bit segments."""
     elements = sum(2 * layer["kv_heads"] * layer["head_dim"] for layer in info["layers"]) * tokens
     return 8 * cache_bytes(info, tokens) / elements

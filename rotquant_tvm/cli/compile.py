@@ -3,6 +3,7 @@
 For example:
   tvmc compile model.gguf --kv-cache rq3 -o model.rq
   tvmc compile ./llama --kv-cache iso3/planar3 --kv-layers "0,-1=f16" --target cuda
+  tvmc compile model.gguf --kv-cache iso3 --kv-sinks 4 --kv-recent 8 --kv-center 64
   tvmc compile model.gguf --input-shapes "ids:[1,-1]"
 """
 

@@ -1,17 +1,21 @@
 """List the KV formats: rotation, bits, gain rule, true size, and the head dimensions they take.
 
 Bits per element count the 16-bit gains stored beside the codes. Bytes per token are those of the keys and
-values of one kv head of one layer.
+values of one kv head of one layer. Presets are listed again with the formats of K and V and the cache policy
+that they stand for; the sizes shown are those of quantized tokens, without means and 16-bit tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rotquant_tvm.cli.options import integer, words
 from rotquant_tvm.cli.output import Output, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SUMMARY = "list the KV formats and their true sizes"
 
@@ -35,11 +39,12 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     names = arguments.formats or list(known_formats())
     dims = arguments.head_dims
     described = [_describe(name, KVFormat.parse(name), dims) for name in names]
+    presets = [_describe_preset(entry) for entry in described if entry["preset"]]
     columns = ["format", "rotation", "gain", "head dims", "bits"]
     columns += [f"bits/el.\nd={dim}" for dim in dims] + [f"B/token\nd={dim}" for dim in dims]
     rows = [
         [
-            entry["name"] if entry["same_as"] is None else f"{entry['name']} (= {entry['same_as']})",
+            _shown_name(entry),
             entry["rotation"],
             entry["gain"],
             entry["head_dims_text"],
@@ -51,22 +56,51 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     ]
     for entry in described:
         del entry["head_dims_text"]
-    output.result({"formats": described}, table("", columns, rows, left=4))
+    shown: list[Table | str] = [table("", columns, rows, left=4)]
+    if presets:
+        preset_rows = [[preset["name"], preset["k"], preset["v"], preset["policy"]] for preset in presets]
+        shown += ["", table("presets", ["preset", "K", "V", "cache policy"], preset_rows, left=4)]
+    output.result({"formats": described, "presets": presets}, *shown)
+
+
+def _shown_name(entry: dict[str, Any]) -> str:
+    if entry["preset"]:
+        return f"{entry['name']} (preset)"
+    return entry["name"] if entry["same_as"] is None else f"{entry['name']} (= {entry['same_as']})"
 
 
 def _head_dims(text: str) -> list[int]:
     return [integer(1)(word) for word in words()(text)]
 
 
+def _describe_preset(entry: dict[str, Any]) -> dict[str, str]:
+    """What a cache of that name is: the formats and the policy, spelled as --kv-cache takes them."""
+    from rotquant_tvm.kv_cache_config import KVCacheConfig
+
+    config = KVCacheConfig.parse(entry["name"])
+    return {
+        "name": entry["name"],
+        "k": config.formats.k.name,
+        "v": config.formats.v.name,
+        "policy": config.policy.name,
+    }
+
+
 def _describe(name: str, fmt: Any, dims: list[int]) -> dict[str, Any]:
+    from rotquant_tvm.formats import parse_pair
+    from rotquant_tvm.kv_cache_config import PRESETS
+
+    preset = name in PRESETS
+    k, v = parse_pair(name) if preset else (fmt, fmt)
     taken = _head_dims_taken(fmt)
     shown = [dim for dim in dims if dim in taken]
     return {
         "name": name,
-        "same_as": None if fmt.name == name else fmt.name,
+        "preset": preset,
+        "same_as": None if preset or fmt.name == name else fmt.name,
         "rotation": fmt.rotation,
         "codebook": fmt.codebook,
-        "gain": fmt.gain,
+        "gain": k.gain if k.gain == v.gain else f"{k.gain}/{v.gain}",
         "bits": _bits_per_code(fmt),
         "head_dims": taken,
         "head_dims_text": _span(taken),

@@ -11,6 +11,9 @@ from typing import NoReturn
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.input_shapes import fixed_batch, parse_input_shapes
 
+_POLICY_OPTIONS = ("sinks", "recent", "center", "defer")
+"""Each is a flag --kv-NAME; ``cache_policy`` explains them, but needs NumPy."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ``UsageError``s, so that they end like every other error."""
@@ -41,7 +44,8 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-cache",
         metavar="K[/V]",
-        help="format of keys and values, or of both: rq3, iso3/planar3 (default: rq3; see tvmc formats)",
+        help="format of keys and values, or of both: rq3, iso3/planar3 (default: rq3; see tvmc formats); "
+        "cache options may follow: 'rq3,sinks=4'",
     )
     group.add_argument(
         "-ctk",
@@ -58,15 +62,62 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         default=4096,
         help="tokens per sequence of a session that names no capacity (default: 4096)",
     )
+    _add_policy_options(parser)
+
+
+def _add_policy_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "KV cache policy", "Presets (rq2, rq3, rq4) bring one; these replace parts of it."
+    )
+    group.add_argument(
+        "--kv-sinks", metavar="N", type=integer(0), help="the first N tokens of a sequence stay in 16 bits"
+    )
+    group.add_argument("--kv-recent", metavar="N", type=integer(0), help="at least the newest N tokens are in 16 bits")
+    center = group.add_mutually_exclusive_group()
+    center.add_argument(
+        "--kv-center",
+        metavar="N",
+        type=integer(32),
+        help="quantize K in blocks of N tokens less their mean; N is a multiple of 32",
+    )
+    center.add_argument(
+        "--no-kv-center", dest="kv_center", action="store_const", const=0, help="quantize K without centring"
+    )
+    group.add_argument(
+        "--kv-defer",
+        metavar="N",
+        type=integer(0),
+        help="N further 16-bit slots, filled by prefill before it quantizes; the first decode step empties them",
+    )
 
 
 def kv_cache_text(arguments: argparse.Namespace) -> str:
-    """Return the ``K/V`` spelling that --kv-cache or -ctk/-ctv ask for; raises UsageError for both."""
+    """Return the text for ``KVCacheConfig.parse``: the formats, then the cache options given with them or as flags.
+
+    Raises UsageError where two options say the same thing: --kv-cache and -ctk/-ctv, or --kv-sinks and ``sinks=``.
+    """
+    text = _formats_text(arguments)
+    written = {word.partition("=")[0].strip() for word in text.split(",")[1:]}
+    for name in _POLICY_OPTIONS:
+        value = getattr(arguments, f"kv_{name}")
+        if value is None:
+            continue
+        if name in written:
+            flag = "--no-kv-center" if name == "center" and value == 0 else f"--kv-{name}"
+            raise UsageError(f"{flag} and {name}= in '{text}' say the same thing; give one of them")
+        text += f",{name}={value}"
+    return text
+
+
+def _formats_text(arguments: argparse.Namespace) -> str:
     k, v = arguments.cache_type_k, arguments.cache_type_v
     if k is None and v is None:
         return "rq3" if arguments.kv_cache is None else str(arguments.kv_cache)
     if arguments.kv_cache is not None:
         raise UsageError("--kv-cache and -ctk/-ctv say the same thing; give one of them")
+    for option, value in (("-ctk", k), ("-ctv", v)):
+        if "," in (value or ""):
+            raise UsageError(f"{option} takes one format, not '{value}'; give cache options like --kv-sinks 4")
     return f"{k or 'f16'}/{v or 'f16'}"
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotquant_tvm.compile_cache import KEEP, CompileCache
-from rotquant_tvm.evaluation.true_bits import true_bits
 from rotquant_tvm.kv_cache_config import KVCacheConfig
+from rotquant_tvm.report import LENGTHS, true_bits
 from rotquant_tvm.runtime import load_library, read_artifact
 
 if TYPE_CHECKING:
     from rotquant_tvm.runtime import CompiledLibrary
 
-LENGTHS = (1024, 8192, 32768)
 Progress = Callable[[str], None]
 
 
@@ -85,4 +84,4 @@ class Libraries:
 
 def bits_by_length(library: CompiledLibrary) -> dict[str, float]:
     """Return the true bits per element at each of ``LENGTHS`` tokens, by length as text."""
-    return {str(length): true_bits(library, length) for length in LENGTHS}
+    return {str(length): true_bits(dict(library.info.document), length) for length in LENGTHS}

@@ -113,7 +113,7 @@ class Generation:
         One part per decode step; the first one's seconds include the prefill's.
         """
         batch, context = ids.shape
-        session = library.session(batch, context)
+        session = library.session(batch, context, chunk=self.prefill)
         since = time.perf_counter()
         session.prefill(ids[:, : self.prefill])
         for position in range(self.prefill, context - 1):

@@ -4,7 +4,7 @@ from .codebook import CODEBOOK_BITS, HEAD_DIMS, Codebook
 from .codec import Codec, EncodedKV, sanitize
 from .gains import GAIN_RULES, HALF_MAX, IP_FLOOR
 from .key_layout import KeyLayout
-from .kv_format import KVFormat, known_formats, parse_pair
+from .kv_format import KVFormat, known_formats, parse_pair, preset_of
 from .linear import LINEAR_BLOCK, LINEAR_LIMIT, NIBBLE_ZERO
 from .packing import (
     TOKENS,
@@ -52,6 +52,7 @@ __all__ = [
     "known_formats",
     "pack_codes",
     "parse_pair",
+    "preset_of",
     "rotation_families",
     "rotation_structure",
     "sanitize",

@@ -1,7 +1,7 @@
 """Centres of K: the mean key of a block, stored as int8 times one scale.
 
-A centre is subtracted from the keys of its block before they are quantized and comes back exactly (attention adds ⟨q, centre⟩
-to the block's scores), so its own rounding costs nothing but a slightly larger remainder.
+A centre is subtracted from the keys of its block before they are quantized and comes back exactly (attention adds
+⟨q, centre⟩ to the block's scores), so its own rounding costs nothing but a slightly larger remainder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The NumPy reference: encode and decode vectors in a KV format (METHODS: the common pipeline).
+"""The NumPy reference: encode and decode vectors in a KV format.
 
 ``x [..., d] -> codes, gain -> x̂ [..., d]``. NumPy computes in float64 unless told float32, whose arithmetic
 the compiled kernels share up to the order of their sums.

@@ -1,4 +1,4 @@
-"""Gain rules: the one fp16 stored per vector, computed once when it is written (METHODS: gain).
+"""Gain rules: the one fp16 stored per vector, computed once when it is written.
 
 With y = R x unnormalized, ρ = ‖x‖, u = y/ρ and q = c[code] in the unit vector's domain:
 

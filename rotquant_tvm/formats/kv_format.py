@@ -188,10 +188,16 @@ def parse_pair(text: str) -> tuple[KVFormat, KVFormat]:
     return k, v
 
 
+def preset_of(word: str) -> str | None:
+    """Return the preset that a word begins with, ``rq3`` for ``" RQ3+tcq:mse "``; None for other words."""
+    base = word.strip().lower().partition(":")[0].removesuffix(TRELLIS_SUFFIX)
+    return base if base in _PRESETS else None
+
+
 def _key_format(word: str) -> KVFormat:
     found = KVFormat.parse(word)
-    preset = ":" not in word and word.strip().lower().removesuffix(TRELLIS_SUFFIX) in _PRESETS
-    return KVFormat.parse(f"{found.name}:ip") if preset else found
+    unsaid = preset_of(word) is not None and ":" not in word
+    return KVFormat.parse(f"{found.name}:ip") if unsaid else found
 
 
 def _without_sketch(found: KVFormat) -> str:

@@ -1,7 +1,7 @@
 """The codebook of TurboQuant's 2.5 and 3.5 bits: the first half of the rotated channels has one bit more.
 
 A Hadamard or dense rotation makes all channels alike, so which half it is does not matter; the two halves have a
-codebook each (METHODS: two-stage systems). A code of the first half keeps its low bits with the other codes and its
+codebook each (TurboQuant, arXiv:2504.19874). A code of the first half keeps its low bits with the other codes and its
 top bit in a plane of its own (``packing``: the extra section).
 """
 

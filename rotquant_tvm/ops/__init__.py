@@ -8,8 +8,8 @@ from .attention_dense import attention_dense
 from .attention_prefill import attention_prefill
 from .axes import Axes
 from .dequantize import dequantize_cache
-from .encode_tiles import encode_tiles
 from .dequantize_segments import dequantize_segments
+from .encode_tiles import encode_tiles
 from .flush import flush
 from .join import join
 from .plan_flush import plan_flush
@@ -28,8 +28,8 @@ __all__ = [
     "attention_prefill",
     "dequantize",
     "dequantize_cache",
-    "encode_tiles",
     "dequantize_segments",
+    "encode_tiles",
     "flush",
     "join",
     "plan_flush",

@@ -21,8 +21,8 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
     """Build ``append(cache, k, v, rotation_k, rotation_v, lengths, new_lengths)``; ``cache`` is updated in place.
 
     Shapes: cache uint32 [batch, kv_heads, tiles, tile_bytes/4]; k, v ``dtype`` [batch, kv_heads, seq, head_dim], raw;
-    rotations float32 (``Codec.coefficients``); lengths int32 [batch], *after* the append; new_lengths int32 [batch], how
-    many of the ``seq`` tokens are real. Tokens past the capacity are dropped (sessions refuse them before).
+    rotations float32 (``Codec.coefficients``); lengths int32 [batch], *after* the append; new_lengths int32 [batch],
+    how many of the ``seq`` tokens are real. Tokens past the capacity are dropped (sessions refuse them before).
     """
     head_dim = codec_k.head_dim
     layout = TileLayout(codec_k.format, codec_v.format, head_dim)

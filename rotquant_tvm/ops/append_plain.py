@@ -21,10 +21,11 @@ def append_plain(
 ) -> tvm.tirx.PrimFunc:
     """Build ``append_plain(plain, k, v, packed, lengths, new_lengths, cache)``; ``plain`` is updated in place.
 
-    Shapes: plain float16 [batch, kv_heads, 2, sinks + ring, head_dim]; k, v ``dtype`` [batch, kv_heads, seq, head_dim],
-    rotated; packed int32 [batch], the tokens behind the sinks that are in tiles after this call's flush; lengths int32
-    [batch] with the new tokens, new_lengths int32 [batch] of them. Values are stored as 16-bit formats store them. ``cache``
-    uint32 [batch, kv_heads, tiles, words] is not read: it says that the flush, which reads the ring, comes first.
+    Shapes: plain float16 [batch, kv_heads, 2, sinks + ring, head_dim]; k, v ``dtype`` [batch, kv_heads, seq,
+    head_dim], rotated; packed int32 [batch], the tokens behind the sinks that are in tiles after this call's flush;
+    lengths int32 [batch] with the new tokens, new_lengths int32 [batch] of them. Values are stored as 16-bit formats
+    store them. ``cache`` uint32 [batch, kv_heads, tiles, words] is not read: it says that the flush, which reads the
+    ring, comes first.
     """
     batch, seq, tiles = (tir.Var(name, "int64") for name in ("batch", "seq", "tiles"))
     slots, sinks = policy.slots, policy.sinks

@@ -9,7 +9,7 @@ import tvm.tirx as tir
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from ..cache_policy import CachePolicy
+from ..cache_policy import NO_POLICY, CachePolicy
 from ..formats import Codec, TileLayout
 from .axes import Axes
 from .online_softmax import MASKED, OnlineSoftmax
@@ -30,7 +30,7 @@ def attention_decode(
     *,
     splits: int = 1,
     window: int | None = None,
-    policy: CachePolicy = CachePolicy(),
+    policy: CachePolicy = NO_POLICY,
 ) -> tvm.tirx.PrimFunc:
     """Build ``attention_decode(q, cache[[, centre], plain, packed], lengths, out)``.
 

@@ -9,7 +9,7 @@ import tvm.tirx as tir
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from ..cache_policy import CachePolicy
+from ..cache_policy import NO_POLICY, CachePolicy
 from ..formats import Codec, TileLayout
 from .axes import Axes
 from .online_softmax import OnlineSoftmax
@@ -29,15 +29,15 @@ def attention_prefill(
     axes: Axes,
     *,
     window: int | None = None,
-    policy: CachePolicy = CachePolicy(),
+    policy: CachePolicy = NO_POLICY,
 ) -> tvm.tirx.PrimFunc:
     """Build ``attention_prefill(q, k, v, cache[[, centre], plain, packed], lengths, new_lengths, out)``.
 
     Shapes: q ``dtype`` [batch, seq, heads, head_dim] and k, v ``dtype`` [batch, kv_heads, seq, head_dim], all in the
-    rotated bases; the cache's arrays as ``segment_arguments`` says: without a policy it may already hold the chunk, with
-    one it must not (the chunk's tokens take slots of the ring);
-    lengths int32 [batch] *with* the chunk, new_lengths int32 [batch] of it; out ``dtype`` [batch, seq, heads,
-    head_dim] in the values' rotated basis, zero in rows that are no real token.
+    rotated bases; the cache's arrays as ``segment_arguments`` says: without a policy it may already hold the chunk,
+    with one it must not (the chunk's tokens take slots of the ring); lengths int32 [batch] *with* the chunk,
+    new_lengths int32 [batch] of it; out ``dtype`` [batch, seq, heads, head_dim] in the values' rotated basis, zero in
+    rows that are no real token.
     """
     head_dim, group = codec_k.head_dim, heads // kv_heads
     layout = TileLayout(codec_k.format, codec_v.format, head_dim)

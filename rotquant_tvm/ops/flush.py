@@ -32,14 +32,15 @@ def flush(
     *,
     after: int = 0,
 ) -> tvm.tirx.PrimFunc:
-    """Build ``flush(cache[, centre], plain, k, v, before, packed, lengths, new_lengths[, seen])``: cache, centre in place.
+    """Build ``flush(cache[, centre], plain, k, v, before, packed, lengths, new_lengths[, seen])``.
 
-    Shapes: cache uint32 [batch, kv_heads, tiles, tile_bytes/4]; centre uint32 [batch, kv_heads, blocks, head_dim/4 + 1]
-    (``formats.centre``), only if the policy centres K; plain float16 [batch, kv_heads, 2, sinks + ring, head_dim], K and V rows of the sinks and the
-    ring as they are *before* this call's tokens enter; k, v ``dtype`` [batch, kv_heads, seq, head_dim], the new tokens,
-    rotated; before, packed int32 [batch], the tokens in tiles before and after; lengths int32 [batch] with the new tokens,
-    new_lengths int32 [batch] of them. A block that was begun earlier keeps its centre. ``after`` heads: the output
-    ``dtype`` [batch, seq, after, head_dim] of the attention that must have read the cache before; it is not read.
+    cache and centre are updated in place. Shapes: cache uint32 [batch, kv_heads, tiles, tile_bytes/4]; centre uint32
+    [batch, kv_heads, blocks, head_dim/4 + 1] (``formats.centre``), only if the policy centres K; plain float16
+    [batch, kv_heads, 2, sinks + ring, head_dim], K and V rows of the sinks and the ring as they are *before* this
+    call's tokens enter; k, v ``dtype`` [batch, kv_heads, seq, head_dim], the new tokens, rotated; before, packed
+    int32 [batch], the tokens in tiles before and after; lengths int32 [batch] with the new tokens, new_lengths int32
+    [batch] of them. A block that was begun earlier keeps its centre. ``after`` heads: the output ``dtype`` [batch,
+    seq, after, head_dim] of the attention that must have read the cache before; it is not read.
     """
     head_dim = codec_k.head_dim
     layout = TileLayout(codec_k.format, codec_v.format, head_dim)

@@ -16,8 +16,8 @@ from .axes import Axes
 def join(result: tuple[int, str], others: Sequence[tuple[int, str]], axes: Axes) -> tvm.tirx.PrimFunc:
     """Build ``join(result, *others)``: leaves ``result`` as it is, in place.
 
-    ``result``, ``others``: number of dimensions and dtype of each array; the others are not read. A graph orders calls by
-    their data alone and drops those whose results nobody takes: this takes them.
+    ``result``, ``others``: number of dimensions and dtype of each array; the others are not read. A graph orders
+    calls by their data alone and drops those whose results nobody takes: this takes them.
     """
 
     def array(name: str, dims: int, dtype: str) -> Any:

@@ -14,9 +14,9 @@ from .axes import Axes
 def plan_flush(policy: CachePolicy, axes: Axes, *, chunk: bool) -> tvm.tirx.PrimFunc:
     """Build ``plan_flush(packed, lengths, before)``.
 
-    Shapes, all int32 [batch]: packed, the tokens behind the sinks that are in tiles, updated in place; lengths, with the
-    call's new tokens; before, which receives the old ``packed``. Whole blocks leave, as many as keep ``recent`` tokens in
-    16 bits; with a deferring policy a prefill (``chunk``) only moves out what has no slot.
+    Shapes, all int32 [batch]: packed, the tokens behind the sinks that are in tiles, updated in place; lengths, with
+    the call's new tokens; before, which receives the old ``packed``. Whole blocks leave, as many as keep ``recent``
+    tokens in 16 bits; with a deferring policy a prefill (``chunk``) only moves out what has no slot.
     """
     batch = tir.Var("batch", "int64")
     zero, block = tir.const(0, "int32"), policy.block

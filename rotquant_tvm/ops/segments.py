@@ -22,10 +22,11 @@ ZERO = tir.const(0, "int32")
 
 
 def segment_arguments(layout: TileLayout, policy: CachePolicy, batch: Expr, kv_heads: int, tiles: Expr) -> list[Any]:
-    """Declare the arrays of a cache: cache uint32 [batch, kv_heads, tiles, tile_bytes/4]; with a policy also
+    """Declare the arrays of a cache.
 
-    centre uint32 [batch, kv_heads, blocks, head_dim/4 + 1] (``formats.centre``; only if it centres K), plain float16
-    [batch, kv_heads, 2, sinks + ring, head_dim] and packed int32 [batch].
+    They are cache uint32 [batch, kv_heads, tiles, tile_bytes/4] and, with a policy, centre uint32 [batch, kv_heads,
+    blocks, head_dim/4 + 1] (``formats.centre``; only if it centres K), plain float16 [batch, kv_heads, 2, sinks +
+    ring, head_dim] and packed int32 [batch].
     """
     cache = T.arg("cache", T.buffer((batch, kv_heads, tiles, layout.tile_bytes // 4), "uint32"))
     if not policy.segmented:

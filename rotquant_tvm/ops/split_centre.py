@@ -1,4 +1,4 @@
-"""Split a chunk's keys into centres and remainders, for simulating a policy: what is quantized, and what is added back."""
+"""Split a chunk's keys into remainders, to be quantized, and centres, to be added back: for simulating a policy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Expr = Any
 def split_centre(kv_heads: int, head_dim: int, dtype: str, sinks: int, center: int, axes: Axes) -> tvm.tirx.PrimFunc:
     """Build ``split_centre(x, new_lengths, remainder, centre)`` for rows whose sequences begin with this chunk.
 
-    Shapes: x, remainder, centre ``dtype`` [batch, kv_heads, seq, head_dim]; new_lengths int32 [batch]. x is remainder +
-    centre up to rounding. Of the first ``sinks`` tokens all is centre, rounded to fp16; of the others the centre is that
-    of their block of ``center`` tokens (none: 0), as a flush would take it.
+    Shapes: x, remainder, centre ``dtype`` [batch, kv_heads, seq, head_dim]; new_lengths int32 [batch]. x is remainder
+    + centre up to rounding. Of the first ``sinks`` tokens all is centre, rounded to fp16; of the others the centre is
+    that of their block of ``center`` tokens (none: 0), as a flush would take it.
     """
     batch, seq = tir.Var("batch", "int64"), tir.Var("seq", "int64")
     size = center or TILE_TOKENS

@@ -25,6 +25,7 @@ class TileWriter:
         self.first_gain = layout.sections[f"{role}_gains"].offset // 2
 
     def store_gain(self, token: Expr, row: Expr, gain: Expr) -> None:
+        """Write gain number ``row``, a float16, of a token."""
         half = self.first_gain + row * 32 + gain_position(token)
         shift = (half % 2 * 16).astype("uint32")
         index = [*self.tile, half // 2]
@@ -32,6 +33,7 @@ class TileWriter:
         T.buffer_store(self.cache, self.cache[tuple(index)] & ~(u32(0xFFFF) << shift) | bits, index)
 
     def pack(self, axes: Axes, codes: Any, first: Expr, last: Expr, count: Expr) -> None:
+        """Write the words of tokens first … last-1 of ``codes`` uint16 [32 * head_dim]; with ``count`` 0, nothing."""
         section, head_dim = self.section, self.section.head_dim
         # A plane's section has its own, smaller head dimension: it is that of the codes which have one more bit.
         for part, shift in ((section, 0), (section.plane, section.bits)):

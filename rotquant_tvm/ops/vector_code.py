@@ -248,7 +248,7 @@ def boundary_count(codebook: Codebook | SignCodebook, value: Expr, norm: Expr) -
 
 
 def corrected_gain(rule: str, norm: Expr, inner: Expr, square: Expr) -> Expr:
-    """The fp16 gain by rule (METHODS: raw, norm, mse, ip), saturated to the finite float16 range.
+    """The fp16 gain by rule (``formats.gains``), saturated to the finite float16 range.
 
     ``inner`` is ⟨y, c⟩ with y the rotated vector and c its centroids, ``square`` is ‖c‖².
     """

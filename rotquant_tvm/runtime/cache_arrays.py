@@ -8,7 +8,7 @@ import numpy as np
 import tvm
 from tvm.runtime import Device, Tensor
 
-from rotquant_tvm.cache_policy import CachePolicy
+from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.runtime.device import device_errors
 
@@ -16,13 +16,13 @@ from rotquant_tvm.runtime.device import device_errors
 class CacheArrays:
     """The tensors that ``create_kv_cache`` made, which prefill and decode update in place.
 
-    ``layers``: the layers' arrays, on ``device``: tiles uint32 [batch, kv_heads, tiles, tile_bytes / 4] each and, with a
-    ``policy``, centres and 16-bit rows. The counts live twice: lengths and, with a policy, how many tokens are in tiles,
-    int32 [batch] each, on the device, where the library reads and advances them, and here on the host, where capacity is
-    checked. Every method leaves the two equal.
+    ``layers``: the layers' arrays, on ``device``: tiles uint32 [batch, kv_heads, tiles, tile_bytes / 4] each and,
+    with a ``policy``, centres and 16-bit rows. The counts live twice: lengths and, with a policy, how many tokens are
+    in tiles, int32 [batch] each, on the device, where the library reads and advances them, and here on the host,
+    where capacity is checked. Every method leaves the two equal.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], device: Device, policy: CachePolicy = CachePolicy()) -> None:
+    def __init__(self, tensors: Sequence[Tensor], device: Device, policy: CachePolicy = NO_POLICY) -> None:
         counts = 2 if policy.segmented else 1
         self.layers, self._counts = tuple(tensors[:-counts]), tuple(tensors[-counts:])
         self.device, self.policy = device, policy
@@ -55,7 +55,7 @@ class CacheArrays:
         return sum(_nbytes(layer) for layer in self.layers)
 
     def advance(self, new_lengths: np.ndarray, chunk: bool = True) -> None:
-        """Note on the host that the library has appended ``new_lengths`` [batch] tokens, by prefill (``chunk``) or decode."""
+        """Note on the host that prefill (``chunk``) or decode has appended ``new_lengths`` [batch] tokens."""
         self._lengths = self._lengths + new_lengths.astype(np.int32)
         self._packed = self.policy.packed_after(self._packed, self._lengths, chunk)
 

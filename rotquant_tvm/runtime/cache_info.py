@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any
 
-from rotquant_tvm.cache_policy import TILE_TOKENS, CachePolicy
+from rotquant_tvm.cache_policy import NO_POLICY, TILE_TOKENS, CachePolicy
 from rotquant_tvm.errors import ArtifactError, UsageError
 
 INFO_VERSION = 2
@@ -24,7 +24,7 @@ class LayerInfo:
     k: str
     v: str
     tile_bytes: int
-    policy: CachePolicy = CachePolicy()
+    policy: CachePolicy = NO_POLICY
 
     @property
     def bytes_per_token(self) -> float:

@@ -75,7 +75,8 @@ class Session:
         ``ids``: integers [batch, s], or one list per sequence of any lengths, 0 included (a flat list if
         batch is 1). Returns float32 [batch, vocab]; the row of a sequence without new tokens is NaN. Raises
         UsageError for ids outside the vocabulary, a wrong number of rows or no token at all, KVCacheFull if
-        the tokens do not fit, DeviceError if the device fails. After any error the cache is as it was before.
+        the tokens do not fit, DeviceError if the device fails. After an error no new token is held; with a
+        cache policy a call that failed midway may cost tokens that had just left the ring: see ``lengths``.
         """
         rows = token_rows(ids, self.batch, self.info.vocab_size)
         new_lengths = np.array([len(row) for row in rows])
@@ -96,7 +97,7 @@ class Session:
 
         ``ids``: integers [batch] or [batch, 1]. ``active``: bool [batch]; a sequence that is not active keeps
         its tokens and length, and its logits mean nothing. Returns float32 [batch, vocab]. Raises as
-        ``prefill`` does, and leaves the cache as it was.
+        ``prefill`` does. With a cache policy, steps of some sequences only run as a prefill of one token each.
         """
         values = np.asarray(ids)
         if values.shape not in ((self.batch,), (self.batch, 1)):
@@ -217,7 +218,7 @@ class Session:
     def _run(self, function: str, *inputs: np.ndarray) -> np.ndarray:
         """Call the library with int32 inputs, the cache and the weights; returns float32 [batch, vocab]."""
         device = self.library.device
-        with device_errors(f"{function} failed on {device}", "the cache is as it was before"):
+        with device_errors(f"{function} failed on {device}", "no new token is held; see the sequences' lengths"):
             tensors = [tvm.runtime.tensor(array.astype(np.int32), device) for array in inputs]
             result = self._machine[function](*tensors, *self._cache.tensors, *self.library.weights)
             logits: np.ndarray = result.numpy()
@@ -225,7 +226,7 @@ class Session:
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
-        """Give the sequences back their lengths if the library fails or is interrupted."""
+        """Go back to the sequences before, as far as they are whole, if the library fails or is interrupted."""
         before = self.lengths
         try:
             yield

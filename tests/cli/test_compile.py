@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rotquant_tvm.runtime import read_artifact
+from rotquant_tvm.cache_policy import CachePolicy
+from rotquant_tvm.runtime import load, read_artifact
 
 
 def refused(tvmc, status, *arguments):
@@ -31,7 +32,7 @@ def test_standard_output_is_one_document_and_tvm_is_silent(compiled):
 
 def test_formats_are_those_asked_for(compiled):
     layers = compiled.ended.document["report"]["layers"]
-    assert [(layer["k"], layer["v"]) for layer in layers] == [("iso3", "planar3"), ("hurwitz4", "hurwitz4")]
+    assert [(layer["k"], layer["v"]) for layer in layers] == [("iso3", "planar3"), ("hurwitz4:ip", "hurwitz4")]
     assert [layer["k_bits"] for layer in layers] == [3.5, 4.5]
     manifest = read_artifact(compiled.artifact).manifest
     assert manifest.report == compiled.ended.document["report"] and manifest.default_capacity == 128
@@ -95,6 +96,19 @@ def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
 
 
 @pytest.mark.slow
+def test_a_policy_from_flags_reaches_the_report_and_the_library(model, tmp_path, tvmc):
+    artifact = tmp_path / "a.rq"
+    options = ["--kv-sinks", 3, "--no-kv-center", "--kv-defer", 32, "--kv-layers", "0=f16"]
+    ended = tvmc("compile", model, *options, "-o", artifact, "--json")
+    assert ended.status == 0, ended.err
+    written = "sinks=3,recent=8,defer=32"
+    assert [layer["policy"] for layer in ended.document["report"]["layers"]] == ["", written]
+    assert f"({written})" in tvmc("inspect", artifact).out
+    assert load(artifact).info.policy == CachePolicy(sinks=3, recent=8, defer=32)
+    assert tvmc("run", artifact, "--prompt", "a" * 90, "--max-tokens", 4).status == 0
+
+
+@pytest.mark.slow
 def test_a_fixed_batch_reaches_the_artifact_and_the_run(model, tmp_path, tvmc):
     artifact = tmp_path / "a.rq"
     options = ["--kv-cache", "f16", "--input-shapes", "ids:[3,-1]"]
@@ -126,9 +140,12 @@ def test_cuda_code_of_a_gpu_that_is_not_here(model, tmp_path, tvmc):
         (["--kv-cache", "iso9"], "iso4"),
         (["--kv-cache", "rq3/"], "''"),
         (["--kv-cache", "rq3/rq3/rq3"], "K/V"),
-        (["-ctk", "q4_0"], "q8_0"),
+        (["-ctk", "q4_1"], "q4_0"),
         (["-ctv", "iso7"], "'iso7'"),
         (["-ctk", "iso3", "--kv-cache", "rq3"], "-ctk/-ctv"),
+        (["--kv-center", "40"], "multiple of 32"),
+        (["--kv-cache", "rq3,sinks=8", "--kv-sinks", "8"], "--kv-sinks and sinks="),
+        (["-ctk", "rq3,sinks=8"], "--kv-sinks"),
         (["--kv-layers", "0,-1"], "'0,-1'"),
         (["--kv-layers", "x=f16"], "'x=f16'"),
         (["--kv-layers", "0=iso9"], "iso9"),

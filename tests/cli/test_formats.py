@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from rotquant_tvm.formats import HEAD_DIMS, KVFormat, TileLayout, known_formats
+from rotquant_tvm.kv_cache_config import PRESETS, KVCacheConfig
 
 
 def test_every_spelling_is_listed(tvmc):
@@ -31,9 +34,26 @@ def test_head_dims_are_those_a_format_takes(tvmc):
 
 
 def test_the_table_shows_what_the_document_holds(tvmc):
-    shown = tvmc("formats", "rq3", "q8_0", "--head-dims", "128").out
-    assert "rq3 (= hurwitz3)" in shown and "3.125" in shown and "32–256 by 16" in shown
-    assert "8.5" in shown and "block" in shown
+    shown = tvmc("formats", "iso3-2d", "q8_0", "--head-dims", "128").out
+    assert "iso3-2d (= planar3)" in shown and "3.125" in shown and "32–256 by 16" in shown
+    assert "8.5" in shown and "block" in shown and "preset" not in shown
+
+
+def test_presets_are_shown_with_the_formats_and_the_policy_that_compile_takes(tvmc):
+    document = tvmc("formats", "--json").document
+    presets = {preset["name"]: preset for preset in document["presets"]}
+    assert set(presets) == set(PRESETS) == {entry["name"] for entry in document["formats"] if entry["preset"]}
+    for name, preset in presets.items():
+        written = f"{preset['k']}/{preset['v']},{preset['policy']}"
+        assert KVCacheConfig.parse(written) == KVCacheConfig.parse(name)
+    assert {entry["gain"] for entry in document["formats"] if entry["preset"]} == {"ip/mse"}
+    assert all(entry["same_as"] is None for entry in document["formats"] if entry["preset"])
+
+
+def test_the_table_of_presets_has_those_asked_for(tvmc):
+    shown = tvmc("formats", "rq3", "iso3").out
+    assert "rq3 (preset)" in shown and "rq2" not in shown
+    assert re.search("^rq3 +hurwitz3:ip +hurwitz3 +sinks=4,recent=8,center=64$", shown, re.M)
 
 
 def test_bits_count_the_plane_of_further_bits(tvmc):

@@ -18,7 +18,7 @@ from .conftest import compiled
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 # One of each kind in the ordinary run; the others with ``-m full``.
-FORMATS = ["rq3", "planar3/f16"]
+FORMATS = ["hurwitz3", "planar3/f16"]
 FULL = ["iso3", "planar3", "turbo3", "rotor3", "q8_0"]
 
 
@@ -143,7 +143,7 @@ def test_quantized_cache_matches_fake_quantization(torch_model, ids, kv_cache, r
 
 def test_ragged_prefill_equals_single_sequences(ids):
     library = compiled("rq3").library()
-    rows = [ids[:70].tolist(), ids[100:133].tolist(), ids[200:201].tolist()]
+    rows = [ids[:118].tolist(), ids[100:133].tolist(), ids[200:201].tolist()]
     together = library.session(batch=3, capacity=128)
     first = together.prefill(rows)
     second = together.prefill([[5, 6, 7], [], [8]])

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from rotquant_tvm import report
 from rotquant_tvm.errors import FormatError
 from rotquant_tvm.evaluation import libraries
 from rotquant_tvm.evaluation.libraries import BASELINE, Candidate, Libraries, bits_by_length
-from rotquant_tvm.evaluation.true_bits import true_bits
+from rotquant_tvm.report import LENGTHS, true_bits
+
+from ..test_report import info
 
 
 @pytest.fixture
@@ -68,9 +69,8 @@ def test_candidates_are_told_apart_by_all_that_matters():
         Candidate.parse("iso33")
 
 
-def test_true_bits_are_counted_by_the_report_where_it_can(monkeypatch):
-    library = SimpleNamespace(report={"bits_per_element": 3.5}, info=SimpleNamespace(document={"base": 3}))
-    monkeypatch.delattr(report, "true_bits", raising=False)
-    assert true_bits(library, 8192) == 3.5
-    monkeypatch.setattr(report, "true_bits", lambda info, tokens: info["base"] + 1024 / tokens, raising=False)
-    assert bits_by_length(library) == {"1024": 4.0, "8192": 3.125, "32768": 3.03125}
+def test_bits_by_length_are_the_reports():
+    document = info(("hurwitz3", 64, 3))
+    document["layers"][0]["policy"] = {"sinks": 4, "recent": 8, "center": 64, "defer": 0}
+    found = bits_by_length(SimpleNamespace(info=SimpleNamespace(document=document)))
+    assert found == {str(n): true_bits(document, n) for n in LENGTHS} and found["1024"] > found["8192"] > 3.25

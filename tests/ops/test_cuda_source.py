@@ -10,6 +10,7 @@ import tvm
 from tvm.support import nvcc
 
 from rotquant_tvm import ops
+from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.formats import Rotation
 
 from .cases import CASES, MIXED, SKETCHES, Case
@@ -26,6 +27,9 @@ CACHES = [CASES[0], MIXED, CASES[4], Case("q8_0/bf16", 96, 3, 3), WIDE, CASES[-1
 TRELLIS = Case("hurwitz2+tcq/turbo3+tcq", 256, 2, 1)
 APPENDS = [MIXED, CASES[4], Case("bf16/q8_0", 256, 1, 1), TRELLIS]
 APPENDS += [Case("q4_0/turbo2.5", 128, 2, 2), SKETCHES[1]]
+
+SEGMENTED = [CASES[0], TRELLIS]
+POLICIES = [CachePolicy(sinks=4), CachePolicy(sinks=4, recent=8, center=64, defer=9)]
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
@@ -49,6 +53,22 @@ def _attention(build, case, dtype="float16", **options):
     return build(*case.codecs, case.heads, case.kv_heads, 0.1, dtype, AXES, **options)
 
 
+def _policies():
+    yield from (ops.plan_flush(policy, AXES, chunk=chunk) for policy in POLICIES for chunk in (True, False))
+    for policy in POLICIES:
+        for case in SEGMENTED:
+            heads, head_dim = case.kv_heads, case.codecs[0].head_dim
+            yield ops.flush(*case.codecs, heads, "float16", policy, AXES, after=case.heads)
+            yield ops.append_plain(heads, head_dim, 100, "float32", policy, AXES)
+            yield ops.dequantize_segments(*case.codecs, heads, policy, AXES)
+    yield ops.split_centre(3, 80, "float16", 4, 64, AXES)
+    yield ops.join((2, "float32"), ((5, "float16"),), AXES)
+
+
+def _segmented_attention(build, **options):
+    yield from (_attention(build, c, policy=p, window=9, **options) for c in SEGMENTED for p in POLICIES)
+
+
 def _dense():
     for chunk in (True, False):
         yield ops.attention_dense(16, 1, 256, 0.1, "float16", AXES, chunk=chunk, window=100)
@@ -66,6 +86,9 @@ OPERATORS = {
     "search": _search,
     "append": lambda: [ops.append(*c.codecs, c.kv_heads, "float16", AXES) for c in APPENDS],
     "dequantize_cache": lambda: [ops.dequantize_cache(*c.codecs, c.kv_heads, AXES) for c in CACHES],
+    "policy": _policies,
+    "segmented decode": lambda: _segmented_attention(ops.attention_decode, splits=8),
+    "segmented prefill": lambda: _segmented_attention(ops.attention_prefill),
     "attention_dense": _dense,
     "attention_decode": lambda: [_attention(ops.attention_decode, c, splits=8, window=9) for c in CACHES],
     "attention_prefill": lambda: [_attention(ops.attention_prefill, c, window=9) for c in CACHES],

@@ -1,4 +1,4 @@
-"""Splitting a chunk's keys for simulation, and joining updated arrays to a result."""
+"""Splitting a chunk's keys into centres and remainders, for simulation."""
 
 from __future__ import annotations
 
@@ -27,12 +27,5 @@ def test_remainder_and_centre(kernels, rng, poisoned, sinks, center):
             mean = x[b, :, part].mean(1) if center else np.zeros((2, 48))
             stored = decode_centre(encode_centre(mean))[:, None]
             step = np.abs(mean).max() / 127
-            np.testing.assert_allclose(centre[b, :, part], np.broadcast_to(stored, centre[b, :, part].shape), atol=1.1 * step)
+            assert (np.abs(centre[b, :, part] - stored) <= 1.1 * step).all()
             np.testing.assert_allclose(remainder[b, :, part], x[b, :, part] - centre[b, :, part], atol=1e-5)
-
-
-def test_join_changes_nothing(kernels, rng):
-    result = rng.standard_normal((3, 7)).astype(np.float32)
-    others = [rng.standard_normal((2, 3, 4)).astype(np.float16), np.arange(5, dtype=np.uint32)]
-    kernel = kernels.build(ops.join, (2, "float32"), ((3, "float16"), (1, "uint32")))
-    np.testing.assert_array_equal(kernels.run(kernel, result, *others, writes=(0,)), result)
