@@ -30,6 +30,7 @@ def test_a_preset_brings_its_policy_and_unbiased_keys():
     config = KVCacheConfig.parse("rq3")
     assert config.formats.name == "hurwitz3:ip/hurwitz3" and config.policy == PRESETS["rq3"] != CachePolicy()
     assert KVCacheConfig.parse("rq2+tcq").formats.name == "hurwitz2+tcq:ip/hurwitz2+tcq"
+    assert KVCacheConfig.parse("rq2") == KVCacheConfig.parse("rq2+tcq") != KVCacheConfig.parse("rq4")
     assert KVCacheConfig.parse("RQ2+tcq:mse") == KVCacheConfig.parse("hurwitz2+tcq,sinks=4,recent=8,center=64")
     assert KVCacheConfig.parse("iso3/ rq3").policy == PRESETS["rq3"]
     assert KVCacheConfig.parse("rq4/f16").policy == KVCacheConfig.parse(" F16 / RQ4 ").policy == PRESETS["rq4"]

@@ -6,7 +6,7 @@ kernels compute the same, whatever else the batch holds, up to the order of floa
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -18,7 +18,6 @@ import transformers
 import rotquant_tvm
 from rotquant_tvm.errors import ArtifactError, KVCacheFull
 from rotquant_tvm.runtime import KVCacheInfo
-from rotquant_tvm.runtime.manifest import Manifest
 
 SIZES = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 32}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
@@ -147,17 +146,14 @@ def test_after_a_crop_into_16_bits_nothing_is_left_of_the_rest(length, keep):
     ids, others = tokens(4, length), tokens(5, 80)
     session, _ = fed(ids, 1)
     session.crop(keep)
-    fresh = library().session()
-    if keep:
-        fresh, _ = fed(ids[:keep], 1)
+    fresh = fed(ids[:keep], 1)[0] if keep else library().session()
     if SINKS + BLOCK <= keep < FLUSH:  # a shorter sequence has not flushed its block yet
         fresh, _ = fed(ids[:FLUSH], 1)
         fresh.crop(keep)
     check_counts(session, [keep], [0 if keep < SINKS + BLOCK else BLOCK])
     for token in others:
         np.testing.assert_array_equal(session.decode([token]), fresh.decode([token]))
-    for one, other in zip(session.cache.tensors[-2:], fresh.cache.tensors[-2:], strict=True):
-        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    check_counts(session, fresh.lengths, fresh.cache._packed)
 
 
 def test_a_crop_into_a_packed_block():
@@ -268,11 +264,11 @@ def test_a_full_cache_stays_usable():
         np.testing.assert_array_equal(new, old)
     session.decode([4, 7], active=[False, True])
     check_counts(session, [70, 45], [64, 32])
-    np.testing.assert_array_equal(session.cache.layers[2].numpy()[0], before[2][0])
+    np.testing.assert_array_equal(arrays(session)[2][0], before[2][0])
     session.crop([2, 45])
     session.prefill([ids[0, 2:66], []])
-    check_counts(session, [66, 45], [32, 32])
     assert np.isfinite(session.decode([5, 5])).all()
+    check_counts(session, [67, 46], [32, 32])
 
 
 @pytest.fixture(scope="module")
@@ -292,19 +288,13 @@ def test_a_saved_model_keeps_its_policy(saved):
         np.testing.assert_array_equal(one, other)
 
 
-def test_an_older_library_is_refused(saved):
+def test_an_older_library_is_refused(saved, tmp_path):
     """Version 1 of the description knew no policy: its functions take other arrays."""
-    manifest = saved.path / "manifest.json"
-    text = manifest.read_text()
     old = dict(saved.manifest.info.document) | {"version": 1}
     with pytest.raises(ArtifactError, match="version is 1 and this release reads 2; compile the model again"):
         KVCacheInfo.from_document(old)
+    path = shutil.copytree(saved.path, tmp_path / "old")
     stale = replace(saved.manifest, info=replace(saved.manifest.info, document=old))
-    try:
-        manifest.write_text(stale.to_json())
-        assert json.loads(manifest.read_text())["kv_cache_info"]["version"] == 1
-        with pytest.raises(ArtifactError, match=r"kv_cache_info.*version is 1 and this release reads 2"):
-            rotquant_tvm.load(saved.path)
-    finally:
-        manifest.write_text(text)
-    assert Manifest.from_json(text, "manifest").info == saved.manifest.info
+    (path / "manifest.json").write_text(stale.to_json())
+    with pytest.raises(ArtifactError, match=r"kv_cache_info.*version is 1 and this release reads 2"):
+        rotquant_tvm.load(path)

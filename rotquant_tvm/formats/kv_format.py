@@ -18,7 +18,7 @@ from .trellis import TRELLIS_BITS
 if TYPE_CHECKING:
     from .codec import Codec
 
-_PRESETS = {"rq2": "hurwitz2", "rq3": "hurwitz3", "rq4": "hurwitz4"}
+_PRESETS = {"rq2": "hurwitz2+tcq", "rq3": "hurwitz3", "rq4": "hurwitz4"}
 _CODEBOOK_BITS = {
     "half": (16,),
     "bfloat16": (16,),
@@ -232,8 +232,10 @@ def known_formats() -> dict[str, KVFormat]:
                 coded = KVFormat(f"{name}{TRELLIS_SUFFIX}", family.name, "trellis", bits, "mse")
                 spellings = (name, *(alias.format(bits=bits) for alias in family.aliases))
                 known |= {f"{spelling}{TRELLIS_SUFFIX}": coded for spelling in spellings}
-    ends = ("", TRELLIS_SUFFIX)
-    return known | {preset + end: known[name + end] for preset, name in _PRESETS.items() for end in ends}
+    for preset, name in _PRESETS.items():
+        coded = name.removesuffix(TRELLIS_SUFFIX) + TRELLIS_SUFFIX
+        known |= {preset: known[name], preset + TRELLIS_SUFFIX: known[coded]}
+    return known
 
 
 def _patterns() -> list[str]:

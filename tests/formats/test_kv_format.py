@@ -57,7 +57,7 @@ def test_spellings(text, rotation, codebook, bits, gain):
 
 @pytest.mark.parametrize(
     ("alias", "name"),
-    [("iso3-2d", "planar3"), ("iso1-2d", "planar1"), ("rq2", "hurwitz2"), ("rq4", "hurwitz4")],
+    [("iso3-2d", "planar3"), ("iso1-2d", "planar1"), ("rq2", "hurwitz2+tcq"), ("rq4", "hurwitz4")],
 )
 def test_aliases_are_the_same_format(alias, name):
     assert KVFormat.parse(alias) == KVFormat.parse(name)

@@ -66,9 +66,7 @@ def test_what_is_allocated_is_what_the_runtime_counts(kv_cache):
 def test_parameters_share_sizes_where_policies_do():
     """By name within a function: the layers of one policy have as many tiles; one without has its own number."""
     batch = tirx.Var("batch", "int64")
-    parameters = [
-        layer_cache("hurwitz3,sinks=3,center=32", i, "1=f16").parameters(batch) for i in range(2)
-    ]
+    parameters = [layer_cache("hurwitz3,sinks=3,center=32", i, "1=f16").parameters(batch) for i in range(2)]
     assert [[p.name for p in row] for row in parameters] == [["cache_0", "centre_0", "plain_0"], ["cache_1"]]
     tiles = [str(row[0].ty.shape[2]) for row in parameters]
     assert tiles == ["tiles", "tiles_straight"] and str(parameters[0][1].ty.shape[2]) == "blocks"
