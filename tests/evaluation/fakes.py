@@ -24,7 +24,7 @@ class FakeLibrary:
         """Logits [batch, tokens, vocab] after every token of ids [batch, tokens]."""
         return self.table[ids, np.arange(ids.shape[1])]
 
-    def session(self, batch: int, capacity: int) -> FakeSession:
+    def session(self, batch: int, capacity: int, chunk: int) -> FakeSession:
         self.sessions += 1
         return FakeSession(self, batch, capacity)
 
