@@ -33,10 +33,10 @@ SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # model, formats, layer overrides
 CASES = {
     "f16": ("Llama", "f16", None),
-    "rq3": ("Llama", "rq3", None),
+    "rq3": ("Llama", "hurwitz3", None),
     "iso3-planar3": ("Llama", "iso3/planar3", None),
     "layers": ("Llama", "turbo2", "0=f16;-1=q8_0/rotor4"),
-    "window": ("Mistral", "rq4/q8_0", None),
+    "window": ("Mistral", "hurwitz4/q8_0", None),
 }
 CAPACITY = 64
 
@@ -165,7 +165,7 @@ def test_the_report_has_the_seconds_of_the_pipelines_passes():
 
 def test_a_fixed_batch():
     """The library computes the same for that batch, and refuses every other by name."""
-    fixed = rotquant_tvm.compile(_imported(), "rq3", capacity=CAPACITY, input_shapes={"ids": [2, -1]})
+    fixed = rotquant_tvm.compile(_imported(), "hurwitz3", capacity=CAPACITY, input_shapes={"ids": [2, -1]})
     assert fixed.info["batch"] == fixed.report["batch"] == 2 and "batch" not in compiled("rq3").info
     library = fixed.library()
     session, free = library.session(), compiled("rq3").session(batch=2)

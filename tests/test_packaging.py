@@ -95,4 +95,4 @@ def test_the_command_is_installed(installed, tmp_path):
     options = away(installed, tmp_path)
     command = installed / "bin" / "tvmc"
     assert rotquant_tvm.__version__ in run(sys.executable, "-S", command, "--version", **options)
-    assert "rq3 (= hurwitz3)" in run(sys.executable, "-S", command, "formats", **options)
+    assert "rq3 (preset)" in run(sys.executable, "-S", command, "formats", **options)

@@ -88,8 +88,8 @@ def report_line(report: Mapping[str, Any]) -> str:
     formats = sorted(
         {layer["k"] if layer["k"] == layer["v"] else f"{layer['k']}/{layer['v']}" for layer in report["layers"]}
     )
-    policies = sorted({layer["policy"] for layer in report["layers"]} - {""})
-    sizes = ", ".join(f"{bits:.4g} at {int(tokens):,}" for tokens, bits in report["true_bits"].items())
+    policies = sorted({layer.get("policy", "") for layer in report["layers"]} - {""})
+    sizes = ", ".join(f"{bits:.4g} at {int(tokens):,}" for tokens, bits in report.get("true_bits", {}).items())
     everything = f"; bits per element with 16-bit segments, by tokens: {sizes}" if policies else ""
     return (
         f"KV cache {', '.join(formats)}{''.join(f' ({policy})' for policy in policies)}: "

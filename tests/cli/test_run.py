@@ -185,7 +185,7 @@ def test_inspect_shows_an_artifact(tvmc, compiled):
     document = tvmc("inspect", compiled.artifact, "--json").document
     assert document["report"] == compiled.ended.document["report"]
     assert sorted(document["files"]) == ["model.so", "tokenizer.json", "weights.safetensors"]
-    assert [layer["k"] for layer in document["kv_cache_info"]["layers"]] == ["iso3", "hurwitz4"]
+    assert [layer["k"] for layer in document["kv_cache_info"]["layers"]] == ["iso3", "hurwitz4:ip"]
     shown = tvmc("inspect", compiled.artifact).out
     assert "iso3" in shown and "128 (at most 256)" in shown and "llvm" in shown
 

@@ -25,7 +25,7 @@ CAPACITY = 96
 CASES = {
     "plain": (TinyModel(), "hurwitz3", "1=q8_0/iso3"),
     "policy": (TinyModel(head_dim=64), "hurwitz3:ip/iso4,sinks=3,recent=2,center=32", "0=q8_0/hurwitz2"),
-    "policy-window": (TinyModel(window=29), "iso3/turbo2,sinks=1,recent=5", "1=f16"),
+    "policy-window": (TinyModel(window=29), "iso3/turbo2,sinks=1,recent=5", "0=f16"),
     "mixed-window": (TinyModel(heads=3, kv_heads=1, head_dim=64, window=11), "iso3/planar2", "0=f16/turbo2:mse"),
 }
 """Model, formats and layer overrides whose numbers are followed through all passes."""
