@@ -70,8 +70,6 @@ class LayerCache:
             tiles = tvm.tirx.max((longest + (TOKENS - 1)) // TOKENS, one)
         else:
             tiles = tvm.tirx.max(longest // policy.block, one) * (policy.block // TOKENS)
-        if not policy.segmented:
-            tiles = (capacity + (TOKENS - 1)) // TOKENS
         blocks = tiles // (policy.center // TOKENS) if policy.center else one
         return list(self.types(batch, tiles, blocks).values())
 

@@ -166,14 +166,6 @@ def _layers_table(layers: dict[str, Any]) -> Table:
 
 
 def _row(row: dict[str, Any], bits: dict[str, float]) -> list[object]:
-    return [
-        row["label"],
-        *(f"{value:.3f}" for value in bits.values()),
-        f"{row['perplexity']:.3f}",
-        f"{100 * row['perplexity_change']:+.2f} %",
-        f"{row['kl']:.5f}",
-        f"{row['kl_standard_error']:.5f}",
-        f"{100 * row['top1_agreement']:.2f} %",
-        row["tokens"],
-        f"{row['seconds']:.1f}",
-    ]
+    from rotquant_tvm.evaluation.figures import figure_cells
+
+    return [row["label"], *(f"{value:.3f}" for value in bits.values()), *figure_cells(row)]

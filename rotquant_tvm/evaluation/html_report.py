@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from rotquant_tvm.evaluation.figures import figure_cells
 from rotquant_tvm.evaluation.plots import draw_layers, draw_pareto, summary_points
 
 BITS_AT = 8192
@@ -76,17 +77,7 @@ def _scores_table(protocol: Mapping[str, Any], bits: Mapping[str, Any], lengths:
     columns = ["KV cache", *(f"bits at {int(n) // 1024}K" for n in lengths)]
     columns += ["perplexity", "against f16", "KL (nats)", "± s.e.", "same top token", "tokens", "seconds"]
     rows = [
-        [
-            row["label"],
-            *(f"{bits[row['label']][n]:.3f}" for n in lengths),
-            f"{row['perplexity']:.3f}",
-            f"{100 * row['perplexity_change']:+.2f} %",
-            f"{row['kl']:.5f}",
-            f"{row['kl_standard_error']:.5f}",
-            f"{100 * row['top1_agreement']:.2f} %",
-            f"{row['tokens']:,}",
-            f"{row['seconds']:.1f}",
-        ]
+        [row["label"], *(f"{bits[row['label']][n]:.3f}" for n in lengths), *figure_cells(row)]
         for row in protocol["rows"]
     ]
     return _table(columns, rows)

@@ -9,7 +9,6 @@ from .linear import LINEAR_BLOCK, LINEAR_LIMIT, NIBBLE_ZERO
 from .packing import (
     TOKENS,
     VERSION,
-    Section,
     TileLayout,
     code_pieces,
     gain_positions,
@@ -17,6 +16,7 @@ from .packing import (
     unpack_codes,
 )
 from .rotation import BlockLayer, Rotation, RotationFamily, block_reads, rotation_families, rotation_structure
+from .sections import Section
 from .sketch import SignCodebook, draw_sketch
 from .split_codebook import SplitCodebook
 from .trellis import Trellis

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import UsageError
 from .codec import EncodedKV
 from .kv_format import KVFormat
-from .packing import TOKENS, Section, check_encoded, low_bits, pack_codes, pack_gains, pack_plane, unpack_role
+from .packing import TOKENS, check_encoded, low_bits, pack_codes, pack_gains, pack_plane, unpack_role
+from .sections import Section, sections_in_order
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,7 @@ class KeyLayout:
             "k_gains": 2 * TOKENS * self.k.gains_per_vector(self.head_dim),
             "k_extra": 4 * self.k.plane_dims(self.head_dim),
         }
-        sections, offset = {}, 0
-        for name, nbytes in sizes.items():
-            sections[name] = Section(offset, nbytes)
-            offset += nbytes
-        return sections
+        return sections_in_order(sizes)
 
     @property
     def tile_bytes(self) -> int:

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import FormatError, UsageError
 from .codec import EncodedKV
 from .kv_format import KVFormat
+from .sections import Section, sections_in_order
 
 VERSION = 1
 TOKENS = 32
@@ -37,14 +38,6 @@ TOKENS = 32
 
 Role = Literal["k", "v"]
 IntArray = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a tile: byte offset from the tile's start, and size in bytes."""
-
-    offset: int
-    nbytes: int
 
 
 def _word_bits(
@@ -189,11 +182,7 @@ class TileLayout:
             "k_extra": 4 * self.k.plane_dims(self.head_dim),
             "v_extra": 4 * self.v.plane_dims(self.head_dim),
         }
-        sections, offset = {}, 0
-        for name, nbytes in sizes.items():
-            sections[name] = Section(offset, nbytes)
-            offset += nbytes
-        return sections
+        return sections_in_order(sizes)
 
     @property
     def tile_bytes(self) -> int:
