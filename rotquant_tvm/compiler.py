@@ -13,6 +13,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from .codegen import compile_module
 from .errors import UsageError
 from .frontend import ImportedModel, TokenizerData, import_model
 from .input_shapes import fixed_batch
@@ -148,7 +149,7 @@ def compile(
         mod = run_passes(mod, operator_passes(target), target)
         pass_seconds = timer.seconds(pass_names(target))  # before TVM runs some of the same passes again
         stages.start("generate code")
-        executable = tvm.compile(mod, target)
+        executable = compile_module(mod, target)
     stages.start("")
     from .passes.quantize_kv_cache import read_cache_info
 

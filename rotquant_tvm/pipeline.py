@@ -61,9 +61,10 @@ def operator_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
 
         passes += [VectorKVKernels(target), ScheduleForLLVM(target)]
     else:
+        from .schedules.gpu_kv_kernels import GPUKVKernels
         from .schedules.schedule_for_cuda import schedule_for_cuda
 
-        passes.append(schedule_for_cuda())
+        passes += [GPUKVKernels(target), schedule_for_cuda()]
     return passes
 
 

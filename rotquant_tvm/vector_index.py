@@ -16,13 +16,13 @@ import numpy as np
 import tvm
 from numpy.typing import NDArray
 
+from .codegen import compile_kernel
 from .errors import UsageError
 from .formats import TOKENS, Codec, EncodedKV, KeyLayout
 from .ops.axes import Axes
 from .ops.encode_tiles import encode_tiles
 from .ops.score import feature_count, query_features, score
 from .ops.tensor_kinds import TensorKind, kind_of
-from .schedules.vector_kv_kernels import VectorKVKernels
 
 QUERIES = 256
 """Queries whose scores are in memory at a time."""
@@ -41,12 +41,8 @@ class SearchKernels:
         """Return the compiled ``operator(codec, *arguments, axes)``."""
         key = (operator, *arguments)
         if key not in self._compiled:
-            func = operator(self.codec, *arguments, Axes.of(self.target)).with_attr("global_symbol", "kernel")
-            mod = tvm.IRModule({"kernel": func})
-            if self.target.kind.name == "llvm":
-                mod = VectorKVKernels(self.target)(mod)
-                mod = tvm.IRModule({"kernel": mod["kernel"].with_attr("global_symbol", "kernel")})
-            self._compiled[key] = tvm.compile(mod, self.target)["kernel"]
+            func = operator(self.codec, *arguments, Axes.of(self.target))
+            self._compiled[key] = compile_kernel(func, self.target, aligned=True)
         return self._compiled[key]
 
 

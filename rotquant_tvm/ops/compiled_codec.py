@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm
 
+from ..codegen import compile_kernel
 from ..errors import UsageError
 from ..formats import Codec, EncodedKV, KVFormat, Rotation
 from ..target import resolve_target
@@ -141,8 +142,7 @@ class CompiledCodec:
     def _kernel(self, operator: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
         key = (operator, *arguments)
         if key not in self._kernels:
-            func = operator(*arguments, Axes.of(self.target)).with_attr("global_symbol", "kernel")
-            self._kernels[key] = tvm.compile(tvm.IRModule({"kernel": func}), self.target)["kernel"]
+            self._kernels[key] = compile_kernel(operator(*arguments, Axes.of(self.target)), self.target)
         return self._kernels[key]
 
     def _data(self, kind: TensorKind, name: str) -> tvm.runtime.Tensor:

@@ -1,0 +1,68 @@
+"""Code generation: TVM's compiler with one addition, kernels that are laid out by hand down to the instruction.
+
+Scheduled TensorIR goes through TVM's pipeline for it, which places barriers and plans shared memory. A TIRx kernel
+(``s_tir=False``) has done that itself and must not be touched, so it goes through the pipeline of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.tirx import compilation_pipeline
+
+PIPELINE = "rotquant"
+"""The name under which the mixed pipeline is registered with TVM."""
+
+
+def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
+    """``tvm.compile`` for a module of scheduled TensorIR, TIRx kernels and Relax functions."""
+    return tvm.compile(mod, target, tir_pipeline=PIPELINE)
+
+
+def compile_kernel(
+    func: tirx.PrimFunc, target: tvm.target.Target, *, aligned: bool = False
+) -> Callable[..., None]:
+    """Compile one operator's definition, or the kernel laid out by hand that there is for it, on its own.
+
+    ``aligned``: every array will start at a multiple of 64 bytes, as TVM's own do; the CPU's vector kernels need it.
+    GPU kernels need 16 bytes.
+    """
+    mod = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
+    if target.kind.name == "cuda":
+        from .schedules.gpu_kv_kernels import GPUKVKernels
+
+        mod = GPUKVKernels(target)(mod)
+    elif aligned:
+        from .schedules.vector_kv_kernels import VectorKVKernels
+
+        kernel = VectorKVKernels(target)(mod)["kernel"]
+        mod = tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")})
+    return compile_module(mod, target)["kernel"]  # type: ignore[no-any-return]
+
+
+def is_tirx(func: Any) -> bool:
+    """Whether a function is a TIRx kernel rather than schedulable TensorIR."""
+    return isinstance(func, tirx.PrimFunc) and func.attrs is not None and not bool(func.attrs.get("s_tir", False))
+
+
+def _mixed_pipeline() -> tuple[tvm.transform.Pass, Any, Any]:
+    scheduled, finalize_host, finalize_device = compilation_pipeline.get_tir_pipeline("s_tir")
+    laid_out, _, _ = compilation_pipeline.get_tir_pipeline("tirx")
+
+    @tvm.transform.module_pass(opt_level=0, name="MixedPipeline")
+    def lower(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        own = {gvar: func for gvar, func in mod.functions_items() if is_tirx(func)}
+        if not own:
+            return scheduled(mod)
+        rest = {gvar: func for gvar, func in mod.functions_items() if gvar not in own}
+        result = laid_out(tvm.IRModule(own, attrs=mod.attrs))
+        result.update(scheduled(tvm.IRModule(rest, attrs=mod.attrs)))
+        return result
+
+    return lower, finalize_host, finalize_device
+
+
+compilation_pipeline.register_tir_pipeline(PIPELINE, _mixed_pipeline)

@@ -1,0 +1,56 @@
+"""GPUKVKernels: on CUDA, kernels laid out by hand take the place of their definitions.
+
+A rule is a function ``(definition, target) -> kernel or None`` in a file of its own: it recognizes what the definition
+does by the attributes that it carries and declines (None) what it has no kernel for; the definition then stays, correct
+and slow. A kernel's parameters, in order, and results are the definition's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tvm
+from tvm import tirx
+from tvm.target import Target
+
+from rotquant_tvm.ops.site_shape import OP_ATTR
+
+from .vector_kv_kernels import HAND_LAID_ATTR
+
+Rule = Callable[[tirx.PrimFunc, Target], tirx.PrimFunc | None]
+
+RULES: dict[str, Rule] = {}
+"""By the name of the operator (``OP_ATTR``)."""
+
+
+@tvm.transform.module_pass(opt_level=0, name="GPUKVKernels")
+class GPUKVKernels:
+    """Replace definitions of KV operators by GPU kernels like them, where a rule has one."""
+
+    def __init__(self, target: Target | None = None) -> None:
+        """Set the CUDA target; None means the one that is current when the pass runs."""
+        self.target = target
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite ``mod``."""
+        target = self.target or Target.current(allow_none=False)
+        result = tvm.IRModule(mod.functions, attrs=mod.attrs)
+        for gvar, func in mod.functions_items():
+            kernel = gpu_kernel(func, target) if isinstance(func, tirx.PrimFunc) else None
+            if kernel is not None:
+                result.update_func(gvar, kernel)
+        return result
+
+
+def gpu_kernel(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+    """Return the kernel that does what a definition says it does, under the definition's name; None if none does."""
+    name = func.attrs.get(OP_ATTR) if func.attrs is not None else None
+    rule = RULES.get(str(name)) if name is not None else None
+    kernel = rule(func, target) if rule is not None else None
+    if kernel is None or rule is None:
+        return None
+    symbol = func.attrs.get("global_symbol")
+    kernel = kernel.without_attr("global_symbol")
+    if symbol is not None:
+        kernel = kernel.with_attr("global_symbol", symbol)
+    return kernel.with_attrs({HAND_LAID_ATTR: rule.__name__, "tirx.is_scheduled": True})
