@@ -52,7 +52,7 @@ class KernelLibrary:
     def append(self, shape: SiteShape) -> tvm.ir.GlobalVar:
         """``ops.append``."""
         key = ("append", shape.k, shape.v, shape.kv_heads, shape.head_dim, shape.dtype)
-        return self._add(key, lambda: ops.append(*shape.codecs(), shape.kv_heads, shape.dtype, self.axes))
+        return self._add(key, lambda: ops.append(*shape.codecs(), shape.kv_heads, shape.dtype, self.axes), shape)
 
     def plan_flush(self, policy: CachePolicy, chunk: bool) -> tvm.ir.GlobalVar:
         """``ops.plan_flush``."""
@@ -63,14 +63,14 @@ class KernelLibrary:
         common = (shape.kv_heads, shape.dtype, shape.cache_policy, self.axes)
         after = shape.heads if ordered else 0
         key = ("flush", shape.k, shape.v, shape.head_dim, after, *common)
-        return self._add(key, lambda: ops.flush(*shape.codecs(), *common, after=after))
+        return self._add(key, lambda: ops.flush(*shape.codecs(), *common, after=after), shape)
 
     def append_plain(self, shape: SiteShape) -> tvm.ir.GlobalVar:
         """``ops.append_plain``."""
         k, v = shape.codecs()
         words = TileLayout(k.format, v.format, shape.head_dim).tile_bytes // 4
         common = (shape.kv_heads, shape.head_dim, words, shape.dtype, shape.cache_policy, self.axes)
-        return self._add(("append_plain", *common), lambda: ops.append_plain(*common))
+        return self._add(("append_plain", *common), lambda: ops.append_plain(*common), shape)
 
     def join(self, result: tuple[int, str], others: tuple[tuple[int, str], ...]) -> tvm.ir.GlobalVar:
         """``ops.join``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import tvm
@@ -58,9 +59,14 @@ class LinearSites:
     absorbed: frozenset[relax.Var]
 
     @classmethod
-    def find(cls, func: relax.Function, num_input: int, merge: bool) -> LinearSites:
-        """Find the sites over parameters from ``num_input`` on; with ``merge``, group those that share x."""
-        finder = _Finder(func, num_input)
+    def find(
+        cls, func: relax.Function, num_input: int, merge: bool, accept: Callable[[LinearSite], bool] | None = None
+    ) -> LinearSites:
+        """Find the sites over parameters from ``num_input`` on; with ``merge``, group those that share x.
+
+        A weight with a site that ``accept`` declines is left alone.
+        """
+        finder = _Finder(func, num_input, accept)
         groups: dict[object, list[LinearSite]] = defaultdict(list)
         for i, site in enumerate(finder.linear):
             alone = not merge or site.residual is not None or finder.readers[site.weight] > 1
@@ -81,7 +87,10 @@ class _Finder:
     the adds that sites have taken: where two sites meet in one add, only the first takes the other as residual.
     """
 
-    def __init__(self, func: relax.Function, num_input: int) -> None:
+    def __init__(
+        self, func: relax.Function, num_input: int, accept: Callable[[LinearSite], bool] | None = None
+    ) -> None:
+        self.accept = accept
         self.linear: list[LinearSite] = []
         self.embeddings: list[EmbeddingSite] = []
         self.aliases: dict[relax.Var, tuple[relax.Var, bool]] = {}
@@ -151,6 +160,8 @@ class _Finder:
         if not dtypes <= set(_WEIGHT_DTYPES):
             return False
         site = LinearSite(binding.var, x, source[0], transposed=not source[1], block=block)
+        if self.accept is not None and not self.accept(site):
+            return False
         self.linear.append(self._with_residual(self._with_bias(site)))
         return True
 

@@ -9,17 +9,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tvm
-from tvm import tirx
+from tvm import relax, tirx
 from tvm.tirx import compilation_pipeline
+
+COUNTERS_ATTR = "rotquant.counters"
+"""Function attribute of a kernel that takes int32 counters, 0 between launches, before its output: how many."""
 
 PIPELINE = "rotquant"
 """The name under which the mixed pipeline is registered with TVM."""
 
 
 def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
-    """``tvm.compile`` for a module of scheduled TensorIR, TIRx kernels and Relax functions."""
-    return tvm.compile(mod, target, tir_pipeline=PIPELINE)
+    """``tvm.compile`` for a module of scheduled TensorIR, TIRx kernels and Relax functions.
+
+    On CUDA the Relax functions hold calls of kernels and views alone, of which TVM's own pipeline would make kernels.
+    """
+    relax_pipeline = _lower_calls() if target.kind.name == "cuda" else "default"
+    return tvm.compile(mod, target, relax_pipeline=relax_pipeline, tir_pipeline=PIPELINE)
+
+
+def _lower_calls() -> tvm.transform.Pass:
+    """From calls and views to instructions of the virtual machine."""
+    transform = relax.transform
+    return tvm.transform.Sequential(
+        [
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        ]
+    )
 
 
 def compile_kernel(
@@ -40,7 +67,16 @@ def compile_kernel(
 
         kernel = VectorKVKernels(target)(mod)["kernel"]
         mod = tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")})
-    return compile_module(mod, target)["kernel"]  # type: ignore[no-any-return]
+    return bind_counters(compile_module(mod, target)["kernel"], mod["kernel"])
+
+
+def bind_counters(kernel: Callable[..., None], func: tirx.PrimFunc) -> Callable[..., None]:
+    """A compiled kernel with its definition's arguments: counters that it takes besides are bound to it."""
+    attrs = func.attrs or {}
+    if COUNTERS_ATTR not in attrs:
+        return kernel
+    counters = tvm.runtime.tensor(np.zeros(int(attrs[COUNTERS_ATTR]), np.int32), tvm.cuda(0))
+    return lambda *arguments: kernel(*arguments[:-1], counters, arguments[-1])
 
 
 def is_tirx(func: Any) -> bool:

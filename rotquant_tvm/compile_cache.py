@@ -32,7 +32,7 @@ from .shared_weights import share_weights
 KEEP = 8
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "numpy")
 _SOURCES = ("rotquant_tvm", "rotquant_tvm.passes", "rotquant_tvm.schedules", "rotquant_tvm.tuning_logs")
-_WITHOUT_EFFECT = ("cli", "evaluation")  # subpackages that no compile runs
+_WITHOUT_EFFECT = ("cli", "evaluation", "benchmark")  # subpackages that no compile runs
 _ABANDONED_SECONDS = 24 * 3600
 _ENTRY = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[a-z0-9_]{8}\.(partial|replaced)")

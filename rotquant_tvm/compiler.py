@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +24,12 @@ from .pass_hooks import PassHooks, PassTimer
 from .pipeline import check_pass_names, kv_passes, operator_passes, pass_context, pass_names, run_passes
 from .report import compile_report
 from .target import resolve_target
+from .tuning.record_lookup import TuningRecords
+from .tuning.shape_buckets import WantedSizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from tvm.runtime import Tensor
 
     from .runtime import Artifact, CompiledLibrary, Session, TokenizerSpec
 
@@ -38,13 +42,15 @@ class CompiledModel:
     """A compiled library with its weights, ready to save or to run.
 
     Attributes: ``executable`` (TVM's), ``info`` (what ``kv_cache_info()`` returns), ``weights`` (as the
-    library takes them), ``report`` (formats, true bits, bytes, kernels, times, capacity; plain data),
+    library takes them; None for a model of shapes alone), ``weight_types`` (shape and dtype of each), ``report``
+    (formats, true bits, bytes, kernels, times, capacity; plain data),
     ``target``, ``tokenizer``, ``default_capacity`` (tokens per sequence of a session that names none).
     """
 
     executable: Any
     info: dict[str, Any]
-    weights: list[np.ndarray]
+    weights: list[np.ndarray] | None
+    weight_types: list[tuple[tuple[int, ...], str]]
     report: dict[str, Any]
     target: tvm.target.Target
     tokenizer: TokenizerData | None
@@ -53,10 +59,13 @@ class CompiledModel:
     def save(self, path: str | os.PathLike[str]) -> Artifact:
         """Write the artifact folder ``path``; it appears whole or not at all.
 
-        Raises ``UsageError``, or ``DeviceError`` if there is no compiler to link the library with.
+        Raises ``UsageError``, also for a model of shapes alone, or ``DeviceError`` if there is no compiler to link the
+        library with.
         """
         from .runtime import write_artifact
 
+        if self.weights is None:
+            raise UsageError("the model was compiled from shapes alone, and an artifact needs weights")
         linker_command()
         return write_artifact(
             path,
@@ -70,17 +79,23 @@ class CompiledModel:
             default_capacity=self.default_capacity,
         )
 
-    def library(self, device: str = "cpu") -> CompiledLibrary:
-        """Return the library in this process, without a file between."""
+    def library(self, device: str = "cpu", weights: Sequence[np.ndarray | Tensor] | None = None) -> CompiledLibrary:
+        """Return the library in this process, without a file between.
+
+        ``weights``: of ``weight_types``, in the place of the model's own. Raises ``UsageError`` where there are none.
+        """
         from .runtime import CompiledLibrary
         from .runtime.device import parse_device
         from .runtime.tokenizer import TextTokenizer
 
+        weights = self.weights if weights is None else weights
+        if weights is None:
+            raise UsageError("the model was compiled from shapes alone; give the library its weights")
         spec = self._tokenizer_spec()
         text = None if self.tokenizer is None else TextTokenizer(self.tokenizer.json, spec)
         return CompiledLibrary(
             self.executable.jit(),
-            self.weights,
+            weights,
             parse_device(device),
             tokenizer=text,
             eos_token_ids=spec.eos_token_ids,
@@ -110,6 +125,7 @@ def compile(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     capacity: int = DEFAULT_CAPACITY,
     dtype: str = "float32",
+    tuning_records: str | os.PathLike[str] | None = None,
     opt_level: int = 3,
     pass_config: Mapping[str, Any] | None = None,
     hooks: PassHooks | None = None,
@@ -123,7 +139,9 @@ def compile(
     kinds. ``input_shapes``: ``{"ids": [1, -1]}`` compiles for that batch alone, by default for any.
     ``capacity``: tokens per sequence of a session that names none; lowered to the model's positions,
     and in the report as ``default_capacity``. ``dtype`` of the weights when they
-    come from files. ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes.
+    come from files. ``tuning_records``: a tuning log or a folder of them, which come before the user's and the
+    packaged ones; of a kernel's records the one made nearest to ``capacity`` and the batch counts (an open batch as 1).
+    ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes.
     ``progress`` is called with the name of each stage. Raises ``UsageError``, ``FormatError``, ``ModelError``
     or ``DeviceError``.
     """
@@ -132,6 +150,7 @@ def compile(
     if capacity < 1:
         raise UsageError(f"the capacity is {capacity} tokens; it must be 1 or more")
     target = resolve_target(target)
+    records = TuningRecords(target, None if tuning_records is None else Path(tuning_records))
     hooks = hooks or PassHooks()
     check_pass_names(hooks.disabled, target)
     timer = PassTimer()
@@ -139,6 +158,7 @@ def compile(
     stages = _Stages(progress)
     stages.start("import")
     imported = model if isinstance(model, ImportedModel) else import_model(model, dtype=dtype)
+    capacity = min(capacity, imported.config["max_position"] or capacity)
     mod = _with_batch(_with_limit(imported), batch)
     with context:
         stages.start("rewrite the KV cache")
@@ -146,7 +166,7 @@ def compile(
         stages.start("pack weights")
         mod, weights = _final_weights(mod, imported.weights)
         stages.start("schedule")
-        mod = run_passes(mod, operator_passes(target), target)
+        mod = run_passes(mod, operator_passes(target, records, WantedSizes(batch, capacity)), target)
         pass_seconds = timer.seconds(pass_names(target))  # before TVM runs some of the same passes again
         stages.start("generate code")
         executable = compile_module(mod, target)
@@ -154,10 +174,9 @@ def compile(
     from .passes.quantize_kv_cache import read_cache_info
 
     info = read_cache_info(mod)
-    capacity = min(capacity, imported.config["max_position"] or capacity)
     report = compile_report(info, imported.config, target, stages.seconds, mod, pass_seconds)
-    report |= {"default_capacity": capacity}
-    return CompiledModel(executable, info, weights, report, target, imported.tokenizer, capacity)
+    report |= {"default_capacity": capacity, "warnings": list(dict.fromkeys(records.warnings))}
+    return CompiledModel(executable, info, weights, _weight_types(mod), report, target, imported.tokenizer, capacity)
 
 
 class _Stages:
@@ -197,18 +216,27 @@ def _with_batch(mod: tvm.IRModule, batch: int | None) -> tvm.IRModule:
     return relax.transform.BindSymbolicVars({size: batch}, "main")(mod)
 
 
-def _final_weights(mod: tvm.IRModule, weights: list[np.ndarray]) -> tuple[tvm.IRModule, list[np.ndarray]]:
+def _final_weights(
+    mod: tvm.IRModule, weights: list[np.ndarray] | None
+) -> tuple[tvm.IRModule, list[np.ndarray] | None]:
     """Return the weights as the rewritten functions take them, and the module describing them."""
-    from .passes.pack_linear_weights import make_weights, weight_recipes
     from .passes.quantize_kv_cache import read_cache_info, with_cache_info
+    from .passes.weight_recipes import make_weights, weight_recipes
 
     recipes = weight_recipes(mod["decode"])
     if recipes != weight_recipes(mod["prefill"]):
         raise RuntimeError("prefill and decode disagree about the packed weights")
-    final = [np.asarray(w) for w in make_weights(mod["decode"], weights)]
+    final = None if weights is None else [np.asarray(w) for w in make_weights(mod["decode"], weights)]
     info = read_cache_info(mod)
-    info["weights"] = [f"weight_{i:04d}" for i in range(len(final))]
+    info["weights"] = [f"weight_{i:04d}" for i in range(len(recipes))]
     batch = mod["decode"].params[0].ty.shape[0]
     if isinstance(batch, tvm.tirx.IntImm):
         info["batch"] = int(batch)
     return with_cache_info(mod, info), final
+
+
+def _weight_types(mod: tvm.IRModule) -> list[tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each weight that the functions take."""
+    func = mod["decode"]
+    weights = func.params[int(func.attrs["num_input"]) :]
+    return [(tuple(int(size) for size in weight.ty.shape), str(weight.ty.dtype)) for weight in weights]

@@ -9,7 +9,9 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from .codegen import is_tirx
 from .ops.site_shape import OP_ATTR
+from .schedules.knobs import RECORD_ATTR
 from .schedules.vector_kv_kernels import HAND_LAID_ATTR
 
 FUNCTIONS = ("prefill", "decode")
@@ -79,5 +81,11 @@ def _operator(func: tvm.tirx.PrimFunc) -> str:
 
 
 def _source(func: tvm.tirx.PrimFunc) -> str:
-    hand_laid = (func.attrs or {}).get(HAND_LAID_ATTR)
-    return "rule: definition" if hand_laid is None else f"rule: vector kernel {hand_laid}"
+    """The tuning record that a kernel is built from, or else the rule."""
+    attrs = func.attrs or {}
+    hand_laid, record = attrs.get(HAND_LAID_ATTR), attrs.get(RECORD_ATTR)
+    if record is not None:
+        return f"record: {record}"
+    if hand_laid is None:
+        return "rule: definition"
+    return f"rule: {'GPU' if is_tirx(func) else 'vector'} kernel {hand_laid}"

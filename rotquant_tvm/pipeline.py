@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tvm
 import tvm_ffi
@@ -14,6 +14,10 @@ from .errors import UsageError
 from .kv_cache_config import KVCacheConfig
 from .pass_hooks import PassHooks
 from .target import resolve_target
+
+if TYPE_CHECKING:
+    from .tuning.record_lookup import TuningRecords
+    from .tuning.shape_buckets import WantedSizes
 
 __all__ = [
     "check_pass_names",
@@ -42,18 +46,34 @@ def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.tran
     passes = [ExpandPower(), FindAttention(), QuantizeKVCache(config), HoistRotation(), LowerKVOps()]
     if target.kind.name == "llvm":
         passes.append(PackLinearWeights(target))
+    else:
+        from .passes.fuse_rms_norm import FuseRMSNorm
+        from .passes.join_linear_weights import JoinLinearWeights
+        from .passes.view_reshapes import ViewReshapes
+
+        passes += [JoinLinearWeights(target), FuseRMSNorm(), ViewReshapes()]
     return passes
 
 
-def operator_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
-    """From Relax operators to scheduled TensorIR."""
+def operator_passes(
+    target: tvm.target.Target, records: TuningRecords | None = None, wanted: WantedSizes | None = None
+) -> list[tvm.transform.Pass]:
+    """From Relax operators to scheduled TensorIR.
+
+    ``records``: the tuning records for the target (None: the user's and the packaged ones); ``wanted``: the sizes that
+    they should be near to.
+    """
+    from .passes.view_reshapes import VIEW
+    from .tuning.apply_records import ApplyTuningRecords
+
     transform = relax.transform
     passes = [
-        transform.LegalizeOps(),
+        transform.LegalizeOps(skip_ops=None if target.kind.name == "llvm" else [VIEW]),
         transform.AnnotateTIROpPattern(),
         transform.FoldConstant(),
         transform.FuseOps(),
         transform.FuseTIR(),
+        ApplyTuningRecords(target, records, wanted),
     ]
     if target.kind.name == "llvm":
         from .schedules.schedule_for_llvm import ScheduleForLLVM
@@ -61,10 +81,11 @@ def operator_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
 
         passes += [VectorKVKernels(target), ScheduleForLLVM(target)]
     else:
+        from .passes.hoist_scratch import HoistScratch
         from .schedules.gpu_kv_kernels import GPUKVKernels
         from .schedules.schedule_for_cuda import schedule_for_cuda
 
-        passes += [GPUKVKernels(target), schedule_for_cuda()]
+        passes += [GPUKVKernels(target), schedule_for_cuda(), HoistScratch()]
     return passes
 
 

@@ -21,6 +21,8 @@ from .vector_ops import LANES, lanes
 from .vector_target import VectorTarget
 
 Expr = Any
+KNOBS: dict[str, tuple[int, ...]] = {"splits": (1, 2, 4, 8, 16, 32)}
+"""Parts that a sequence is read in, each by one thread; the default is the definition's."""
 
 
 def attention_decode_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.tirx.PrimFunc:

@@ -15,11 +15,27 @@ from tvm.target import Target
 
 from rotquant_tvm.ops.site_shape import OP_ATTR
 
+from .append_cuda import append_cuda
+from .attention_decode_cuda import attention_decode_cuda
+from .attention_prefill_cuda import attention_prefill_cuda
+from .dequantize_cuda import dequantize_cuda
+from .knobs import keep_choice
+from .quantize_cuda import quantize_cuda
+from .rotate_cuda import rotate_cuda
+from .roundtrip_cuda import roundtrip_cuda
 from .vector_kv_kernels import HAND_LAID_ATTR
 
 Rule = Callable[[tirx.PrimFunc, Target], tirx.PrimFunc | None]
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, Rule] = {
+    "append": append_cuda,
+    "dequantize": dequantize_cuda,
+    "quantize": quantize_cuda,
+    "rotate": rotate_cuda,
+    "roundtrip": roundtrip_cuda,
+    "attention_decode": attention_decode_cuda,
+    "attention_prefill": attention_prefill_cuda,
+}
 """By the name of the operator (``OP_ATTR``)."""
 
 
@@ -53,4 +69,4 @@ def gpu_kernel(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     kernel = kernel.without_attr("global_symbol")
     if symbol is not None:
         kernel = kernel.with_attr("global_symbol", symbol)
-    return kernel.with_attrs({HAND_LAID_ATTR: rule.__name__, "tirx.is_scheduled": True})
+    return keep_choice(func, kernel.with_attrs({HAND_LAID_ATTR: rule.__name__, "tirx.is_scheduled": True}))

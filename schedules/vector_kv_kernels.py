@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import tvm
 from tvm import tirx
@@ -14,6 +16,7 @@ from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .attention_decode_llvm import attention_decode_llvm
 from .attention_prefill_llvm import attention_prefill_llvm
+from .knobs import chosen_knobs, keep_choice
 from .rotate_llvm import rotate_llvm
 from .score_llvm import score_llvm
 
@@ -24,6 +27,9 @@ ATTENTION: dict[str, Callable[[SiteShape, Target], tirx.PrimFunc]] = {
     "attention_decode": attention_decode_llvm,
     "attention_prefill": attention_prefill_llvm,
 }
+
+RULES: dict[str, Callable[..., Any]] = {**ATTENTION, "rotate": rotate_llvm, "score": score_llvm}
+"""What lays out the kernels, by the name of the operator (``OP_ATTR``)."""
 
 
 @tvm.transform.module_pass(opt_level=0, name="VectorKVKernels")
@@ -39,19 +45,25 @@ class VectorKVKernels:
         target = self.target or Target.current(allow_none=False)
         result = tvm.IRModule(mod.functions, attrs=mod.attrs)
         for gvar, func in mod.functions_items():
-            kernel = _vector_kernel(func, target) if isinstance(func, tirx.PrimFunc) else None
+            kernel = vector_kernel(func, target) if isinstance(func, tirx.PrimFunc) else None
             if kernel is not None:
                 result.update_func(gvar, kernel.without_attr("global_symbol"))
         return result
 
 
-def _vector_kernel(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
-    """Build the kernel that does what ``func`` says it does; None if there is none."""
+def vector_kernel(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+    """Build the kernel that does what ``func`` says it does, with the knobs that it chose; None if there is none."""
     rotation, site, score = RotationShape.of(func), SiteShape.of(func), ScoreShape.of(func)
     if rotation is not None:
-        kernel = rotate_llvm(rotation, target)
-        return kernel and kernel.with_attr(HAND_LAID_ATTR, rotate_llvm.__name__)
-    if score is not None:
-        return score_llvm(score, target).with_attr(HAND_LAID_ATTR, score_llvm.__name__)
-    build = ATTENTION.get(str(func.attrs[OP_ATTR])) if site is not None else None
-    return build(site, target).with_attr(HAND_LAID_ATTR, build.__name__) if build is not None else None
+        rule, kernel = rotate_llvm, rotate_llvm(rotation, target)
+    elif score is not None:
+        rule, kernel = score_llvm, score_llvm(score, target)
+    else:
+        rule = ATTENTION.get(str(func.attrs[OP_ATTR])) if site is not None else None
+        kernel = rule(_as_chosen(site, func), target) if rule is not None else None
+    return keep_choice(func, kernel.with_attr(HAND_LAID_ATTR, rule.__name__)) if kernel is not None else None
+
+
+def _as_chosen(site: SiteShape, func: tirx.PrimFunc) -> SiteShape:
+    knobs = chosen_knobs(func)
+    return replace(site, splits=knobs["splits"]) if "splits" in knobs else site

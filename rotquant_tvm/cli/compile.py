@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights and of what is computed with them (default: float32)",
     )
     parser.add_argument(
+        "--tuning-records",
+        metavar="DIR",
+        type=Path,
+        help="a tuning log or a folder of them, before the user's and the packaged ones (see tvmc logs list)",
+    )
+    parser.add_argument(
         "--input-shapes",
         metavar="SHAPES",
         type=input_shapes,
@@ -76,6 +82,8 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     check_output(artifact)
     dump_code.check_dumps(artifact, arguments.dump_code)
     model = model_files.check_model(arguments.model, arguments.model_format)
+    if arguments.tuning_records is not None and not arguments.tuning_records.is_dir():
+        raise UsageError(f"--tuning-records: {arguments.tuning_records} is no folder; see tvmc logs list")
     linker_command()
     with output.steps(_STEPS, "load TVM") as step:
         step("load TVM")
@@ -85,6 +93,8 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
         compiled.save(artifact)
         files = dump_code.write_code(artifact, code)
     watch.report_idle()
+    for warning in compiled.report["warnings"]:
+        output.note(f"warning: {warning}")
     if compiled.default_capacity < arguments.kv_capacity:
         output.note(
             f"sessions hold {compiled.default_capacity} tokens per sequence, not {arguments.kv_capacity}: "
@@ -131,6 +141,7 @@ def _compile(
         input_shapes=arguments.input_shapes,
         capacity=arguments.kv_capacity,
         dtype=arguments.dtype,
+        tuning_records=arguments.tuning_records,
         opt_level=arguments.opt_level,
         pass_config=configuration,
         hooks=watch.hooks(),

@@ -130,8 +130,10 @@ def _head_dims_taken(fmt: Any) -> list[int]:
 
 
 def _span(dims: list[int]) -> str:
-    """Spell head dimensions in short: ``32–256 by 16`` if they are evenly spaced, else one by one."""
-    steps = {after - before for before, after in pairwise(dims)}
-    if len(steps) == 1 and len(dims) > 2:
-        return f"{dims[0]}–{dims[-1]} by {steps.pop()}"
+    """Spell head dimensions in short: ``32–256 by 16, 512`` if they are evenly spaced but the last, else one by one."""
+    for count in (len(dims), len(dims) - 1):
+        steps = {after - before for before, after in pairwise(dims[:count])}
+        if len(steps) == 1 and count > 2:
+            rest = "".join(f", {dim}" for dim in dims[count:])
+            return f"{dims[0]}–{dims[count - 1]} by {steps.pop()}{rest}"
     return " ".join(map(str, dims))

@@ -22,7 +22,7 @@ from rotquant_tvm.cli.output import Output
 from rotquant_tvm.cli.streams import Streams, own_streams
 from rotquant_tvm.errors import RotQuantError, UsageError
 
-COMMANDS = ("compile", "run", "eval", "formats", "inspect")
+COMMANDS = ("compile", "tune", "run", "eval", "bench", "formats", "inspect", "logs")
 INTERNAL, INTERRUPTED, TERMINATED = 3, 130, 143
 
 

@@ -17,7 +17,7 @@ from ..errors import FormatError
 from .codebook_tables import TABLES
 
 HEAD_DIMS = tuple(TABLES)
-"""The head dimensions that KV formats take: the multiples of 16 from 32 to 256."""
+"""The head dimensions that KV formats take: the multiples of 16 from 32 to 256, and 512."""
 
 CODEBOOK_BITS = (1, 2, 3, 4)
 """The bit widths that have a codebook."""
@@ -25,7 +25,7 @@ CODEBOOK_BITS = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Codebook:
-    """The 2^bits centroids of a bit width (1 to 4) and head dimension (multiples of 16 from 32 to 256).
+    """The 2^bits centroids of a bit width (1 to 4) and head dimension (``HEAD_DIMS``).
 
     Raises ``FormatError`` for other bit widths and head dimensions.
     """
@@ -38,7 +38,7 @@ class Codebook:
             raise FormatError(f"codebooks have 1, 2, 3 or 4 bits, not {self.bits}")
         if self.head_dim not in TABLES:
             raise FormatError(
-                f"no codebook for head_dim {self.head_dim}; it must be a multiple of 16 from 32 to 256"
+                f"no codebook for head_dim {self.head_dim}; it must be a multiple of 16 from 32 to 256, or 512"
             )
 
     @cached_property

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Float64Array = NDArray[np.float64]
 
-HEAD_DIMS = tuple(range(32, 257, 16))
+HEAD_DIMS = (*range(32, 257, 16), 512)
 BITS = (1, 2, 3, 4)
 GRID_LIMIT = 127
 SCALE_TRIALS = 4001

@@ -13,7 +13,7 @@ from .codebook import CODEBOOK_BITS, HEAD_DIMS
 from .gains import GAIN_RULES
 from .linear import LINEAR_BLOCK
 from .rotation import Rotation, rotation_families, rotation_family, rotation_structure
-from .trellis import TRELLIS_BITS
+from .trellis import TRELLIS_BITS, TRELLIS_HEAD_DIMS
 
 if TYPE_CHECKING:
     from .codec import Codec
@@ -118,7 +118,12 @@ class KVFormat:
         if head_dim not in HEAD_DIMS:
             raise FormatError(
                 f"{self.name} cannot take head_dim {head_dim}: KV formats take multiples of 16 from 32 to 256, "
-                "and no format takes another; use a model with such heads"
+                "and 512, and no format takes another; use a model with such heads"
+            )
+        if self.codebook == "trellis" and head_dim not in TRELLIS_HEAD_DIMS:
+            raise FormatError(
+                f"{self.name} cannot take head_dim {head_dim}: trellises take {TRELLIS_HEAD_DIMS[-1]} at most; "
+                f"use {self.name.replace(TRELLIS_SUFFIX, '')}"
             )
         if self.codebook == "split" and head_dim % 32:
             raise FormatError(

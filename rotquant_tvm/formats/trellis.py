@@ -32,6 +32,9 @@ STATE_BITS = 8
 TRELLIS_BITS = tuple(TABLES)
 """The bit widths that have a trellis."""
 
+TRELLIS_HEAD_DIMS = tuple(head_dim for head_dim in HEAD_DIMS if head_dim <= 256)
+"""The head dimensions that have one: what encoders remember of a longer vector is more than GPUs share in a block."""
+
 CLOSING = 64
 """How many elements on either side of dimension 0 tell the state that the ring is closed in."""
 
@@ -43,7 +46,7 @@ _VECTORS_AT_ONCE = 256  # so that the costs of all states stay in a CPU's cache
 
 @dataclass(frozen=True)
 class Trellis:
-    """The trellis codebook of a bit width (2 to 4) and head dimension (multiples of 16 from 32 to 256).
+    """The trellis codebook of a bit width (2 to 4) and head dimension (``TRELLIS_HEAD_DIMS``).
 
     Raises ``FormatError`` for other bit widths and head dimensions.
     """
@@ -54,7 +57,7 @@ class Trellis:
     def __post_init__(self) -> None:
         if self.bits not in TRELLIS_BITS:
             raise FormatError(f"trellis codebooks have 2, 3 or 4 bits, not {self.bits}")
-        if self.head_dim not in HEAD_DIMS:
+        if self.head_dim not in TRELLIS_HEAD_DIMS:
             raise FormatError(
                 f"no trellis codebook for head_dim {self.head_dim}; it must be a multiple of 16 from 32 to 256"
             )

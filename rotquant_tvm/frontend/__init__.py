@@ -10,9 +10,9 @@ from rotquant_tvm.errors import ModelError, UsageError
 from rotquant_tvm.frontend.imported_model import ImportedModel, TokenizerData
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["ImportedModel", "TokenizerData", "from_torch", "import_model"]
+__all__ = ["ImportedModel", "TokenizerData", "from_config", "from_torch", "import_model"]
 
 DTYPES = ("float32", "float16")
 
@@ -52,6 +52,23 @@ def from_torch(model: PreTrainedModel, *, every_logit: bool = False) -> Imported
     from rotquant_tvm.frontend.torch_import import import_torch_model
 
     return import_torch_model(model, None, every_logit)
+
+
+def from_config(config: PretrainedConfig, *, dtype: str = "float16") -> ImportedModel:
+    """Import a causal LM of a transformers configuration, of which nothing but the weights' shapes exists.
+
+    The result's ``weights`` are None: they are given when the compiled library is put on a device. Raises UsageError
+    for a ``dtype`` other than "float32" and "float16", ModelError if the model cannot be made or imported.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    require_torch()
+    import torch
+
+    from rotquant_tvm.frontend.shape_model import shape_model
+    from rotquant_tvm.frontend.torch_import import import_torch_model
+
+    return import_torch_model(shape_model(config, getattr(torch, dtype)), None, with_weights=False)
 
 
 def require_torch() -> None:

@@ -26,9 +26,19 @@ class CanonicalModule:
     weights: list[torch.Tensor]
 
 
+class _Importer(ExportedProgramImporter):  # type: ignore[misc]
+    """TVM's importer, but for the parameters' values: it would attach a copy of each, which nobody reads."""
+
+    @staticmethod
+    def _convert_pytorch_tensor_to_tvm(tensor: torch.Tensor) -> tvm.runtime.Tensor:
+        if isinstance(tensor, torch.nn.Parameter):
+            return tvm.runtime.empty((0,))
+        return ExportedProgramImporter._convert_pytorch_tensor_to_tvm(tensor)
+
+
 def to_canonical(program: ExportedProgram, calls: list[AttentionCall], model_type: str) -> CanonicalModule:
     """Convert an exported step. Raises ModelError for an operator that cannot be converted."""
-    importer = ExportedProgramImporter()
+    importer = _Importer()
     known = {*importer.convert_map, *CONVERTERS}
     if _unusable_operators(program, known):
         program = _decompose(program, model_type)

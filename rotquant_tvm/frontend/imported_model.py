@@ -36,14 +36,15 @@ class ImportedModel:
     present is concat(past, new) along axis 2. Attention is one ``R.nn.attention`` per layer (BSHD,
     ``causal_mask`` "BottomRight"; a ``window_size`` of w lets a token see itself and the w - 1 before it).
 
-    Attributes: ``weights`` in parameter order (views of the source's memory where possible), ``weight_names``
+    Attributes: ``weights`` in parameter order (views of the source's memory where possible; None for a model of
+    shapes alone), ``weight_names``
     in the same order (the source's own names; a tied weight appears once), ``config`` with the keys
     ``model_type``, ``vocab_size``, ``max_position`` (None if unbounded) and ``layers``, a list of
     (kv_heads, heads, head_dim); ``tokenizer`` is None when the source has none.
     """
 
     mod: tvm.IRModule
-    weights: list[np.ndarray]
+    weights: list[np.ndarray] | None
     weight_names: list[str]
     config: dict[str, Any]
     tokenizer: TokenizerData | None = None

@@ -17,11 +17,12 @@ from rotquant_tvm.frontend.torch_export import export_step, probe_attention, rot
 
 
 def import_torch_model(
-    model: PreTrainedModel, tokenizer: TokenizerData | None, every_logit: bool = False
+    model: PreTrainedModel, tokenizer: TokenizerData | None, every_logit: bool = False, with_weights: bool = True
 ) -> ImportedModel:
     """Import a model and leave it as it was; ``every_logit`` as of ``import_model``.
 
-    Raises ModelError if the canonical form cannot hold it.
+    Not ``with_weights``: its weights are no more than shapes, and the result's are None. Raises ModelError if the
+    canonical form cannot hold it.
     """
     _check_model(model)
     with rotquant_attention(model):
@@ -31,7 +32,7 @@ def import_torch_model(
     names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters()))}
     return ImportedModel(
         mod=canonical.mod,
-        weights=[_as_numpy(weight) for weight in canonical.weights],
+        weights=[_as_numpy(weight) for weight in canonical.weights] if with_weights else None,
         weight_names=[names[id(weight)] for weight in canonical.weights],
         config=_config(model, calls),
         tokenizer=tokenizer,

@@ -12,6 +12,7 @@ from tvm.tirx.script.builder import ir as T
 
 from ..formats import Codec
 from .axes import Axes
+from .codec_shape import CodecShape
 from .registers import f32
 from .sketch_code import sign_value, sketch_element
 from .vector_code import EncodeBuffers, element_value, emit_encode, emit_rotation, gain_row
@@ -21,6 +22,10 @@ Expr = Any
 
 def _code_dtype(codec: Codec) -> str:
     return "uint16" if codec.format.bits == 16 else "uint8"
+
+
+def _attributes(operator: str, codec: Codec, dtype: str) -> dict[str, Any]:
+    return {"rotquant.op": operator, "tirx.noalias": True, **CodecShape.describe(codec, dtype).attributes()}
 
 
 def quantize(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
@@ -35,7 +40,7 @@ def quantize(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
     size = codec.coefficients.size
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("quantize")
-        T.func_attr({"rotquant.op": "quantize", "tirx.noalias": True})
+        T.func_attr(_attributes("quantize", codec, dtype))
         x = T.arg("x", T.buffer((n, head_dim), dtype))
         rotation = T.arg("rotation", T.buffer((size,), "float32"))
         codes = T.arg("codes", T.buffer((n, head_dim), _code_dtype(codec)))
@@ -67,7 +72,7 @@ def dequantize(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
     size = codec.inverse_coefficients.size
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("dequantize")
-        T.func_attr({"rotquant.op": "dequantize", "tirx.noalias": True})
+        T.func_attr(_attributes("dequantize", codec, dtype))
         codes = T.arg("codes", T.buffer((n, head_dim), _code_dtype(codec)))
         gain = T.arg("gain", T.buffer((n, gains), "float16"))
         rotation = T.arg("rotation", T.buffer((size,), "float32"))
@@ -98,7 +103,7 @@ def roundtrip(codec: Codec, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
     length = codec.coefficients.size
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("roundtrip")
-        T.func_attr({"rotquant.op": "roundtrip", "tirx.noalias": True})
+        T.func_attr(_attributes("roundtrip", codec, dtype))
         x = T.arg("x", T.buffer((*sizes, head_dim), dtype))
         rotation, inverse = (T.arg(name, T.buffer((length,), "float32")) for name in ("rotation", "inverse"))
         y = T.arg("y", T.buffer((*sizes, head_dim), dtype))

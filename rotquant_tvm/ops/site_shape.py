@@ -19,7 +19,8 @@ class SiteShape:
     """Everything but the tensors: K and V format names, heads, head dimension, softmax scale, window, dtype.
 
     ``chunk`` tells prefill (several new tokens, whose keys and values are at hand unquantized) from decode; ``splits``
-    is how many parts a sequence is read in by decode attention; ``policy`` is the cache policy's name.
+    is how many parts a sequence is read in by decode attention; ``policy`` is the cache policy's name. ``rotated``: the
+    kernel itself rotates the queries and un-rotates the output, by coefficients that it takes after the lengths.
     """
 
     k: str
@@ -33,6 +34,7 @@ class SiteShape:
     chunk: bool = False
     splits: int = 1
     policy: str = ""
+    rotated: bool = False
 
     @property
     def group(self) -> int:

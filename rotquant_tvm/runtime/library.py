@@ -29,16 +29,16 @@ class CompiledLibrary:
     """A loaded library; its weights are shared by all sessions, which may run in threads of their own.
 
     ``module``: the loaded library, or ``executable.jit()`` right after a compile. ``weights``: arrays in the
-    order of ``info.weights``; they are copied to ``device``. ``tokenizer``: None if the model came without
-    one; ``eos_token_ids`` end a generation. ``report``: the compile report. ``default_capacity``: tokens per
-    sequence of a session that names none. Raises ArtifactError if library and weights do not fit each
-    other, DeviceError if the weights do not fit the device.
+    order of ``info.weights``; they are copied to ``device``, but for TVM tensors that are there already.
+    ``tokenizer``: None if the model came without one; ``eos_token_ids`` end a generation. ``report``: the compile
+    report. ``default_capacity``: tokens per sequence of a session that names none. Raises ArtifactError if library and
+    weights do not fit each other, DeviceError if the weights do not fit the device.
     """
 
     def __init__(
         self,
         module: Module,
-        weights: Iterable[np.ndarray],
+        weights: Iterable[np.ndarray | Tensor],
         device: Device,
         *,
         tokenizer: TextTokenizer | None = None,
@@ -51,7 +51,7 @@ class CompiledLibrary:
         info_json = self.virtual_machine()["kv_cache_info"]()
         self.info = KVCacheInfo.from_json(str(info_json), "the library's kv_cache_info")
         with device_errors(f"cannot place the weights on {device}", "use a device with more memory"):
-            self.weights: tuple[Tensor, ...] = tuple(tvm.runtime.tensor(array, device) for array in weights)
+            self.weights: tuple[Tensor, ...] = tuple(_placed(array, device) for array in weights)
         if len(self.weights) != len(self.info.weights):
             raise ArtifactError(
                 f"the library takes {len(self.info.weights)} weights and {len(self.weights)} were given; "
@@ -106,6 +106,11 @@ class CompiledLibrary:
     def virtual_machine(self) -> VirtualMachine:
         """Return a new virtual machine over the library; one must not be used by two threads at once."""
         return VirtualMachine(self._module, self.device)
+
+
+def _placed(array: np.ndarray | Tensor, device: Device) -> Tensor:
+    there = isinstance(array, Tensor) and array.device == device
+    return array if there else tvm.runtime.tensor(array, device)
 
 
 def require_positive(name: str, value: object) -> None:

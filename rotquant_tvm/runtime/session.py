@@ -12,6 +12,7 @@ import tvm
 from rotquant_tvm.errors import KVCacheFull, UsageError
 from rotquant_tvm.runtime.cache_arrays import CacheArrays
 from rotquant_tvm.runtime.cache_info import KVCacheInfo
+from rotquant_tvm.runtime.decode_graph import DecodeGraph
 from rotquant_tvm.runtime.device import device_errors
 from rotquant_tvm.runtime.generation import Generation, GenerationConfig, GenerationStream, TextChunk
 from rotquant_tvm.runtime.prompts import Chat, Prompt, prompt_rows
@@ -39,6 +40,9 @@ class Session:
         self.chunk = chunk
         self._cache = cache
         self._machine = library.virtual_machine()
+        self._instrumented = False
+        self._stepped: CacheArrays | None = None
+        self._graph: DecodeGraph | None = None
 
     @property
     def info(self) -> KVCacheInfo:
@@ -113,7 +117,7 @@ class Session:
             # ring it may push others out.
             waiting = bool((lengths[~taking] >= self.capacity).any()) or self._cache.policy.segmented
             alone = waiting and not taking.all()
-            logits = self._run("prefill", tokens, taking) if alone else self._run("decode", tokens)
+            logits = self._run("prefill", tokens, taking) if alone else self._step(tokens)
             if alone or taking.all():
                 self._cache.advance(taking, chunk=alone)
             else:
@@ -214,6 +218,20 @@ class Session:
         ``callback`` returns 0 to go on. It stays in place as long as the session; calls are slower with it.
         """
         self._machine.set_instrument(callback)
+        self._instrumented = True
+
+    def _step(self, tokens: np.ndarray) -> np.ndarray:
+        """Run decode: on CUDA the second step over a cache is recorded as a graph, which the others replay."""
+        if self.library.device.type != "cuda" or self._instrumented:
+            return self._run("decode", tokens)
+        if self._stepped is not self._cache:
+            self._stepped, self._graph = self._cache, None
+            return self._run("decode", tokens)
+        device = self.library.device
+        with device_errors(f"decode failed on {device}", "no new token is held; see the sequences' lengths"):
+            if self._graph is None:
+                self._graph = DecodeGraph(self.library, self._cache)
+            return self._graph.step(tokens)
 
     def _run(self, function: str, *inputs: np.ndarray) -> np.ndarray:
         """Call the library with int32 inputs, the cache and the weights; returns float32 [batch, vocab]."""

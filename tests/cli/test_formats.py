@@ -30,12 +30,12 @@ def test_sizes_are_those_of_the_tiles(tvmc):
 
 def test_head_dims_are_those_a_format_takes(tvmc):
     turbo, iso = tvmc("formats", "--json", "turbo3", "iso3").document["formats"]
-    assert turbo["head_dims"] == [32, 64, 128, 256] and iso["head_dims"] == list(HEAD_DIMS)
+    assert turbo["head_dims"] == [32, 64, 128, 256, 512] and iso["head_dims"] == list(HEAD_DIMS)
 
 
 def test_the_table_shows_what_the_document_holds(tvmc):
     shown = tvmc("formats", "iso3-2d", "q8_0", "--head-dims", "128").out
-    assert "iso3-2d (= planar3)" in shown and "3.125" in shown and "32–256 by 16" in shown
+    assert "iso3-2d (= planar3)" in shown and "3.125" in shown and "32–256 by 16, 512" in shown
     assert "8.5" in shown and "block" in shown and "preset" not in shown
 
 

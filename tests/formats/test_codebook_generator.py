@@ -5,7 +5,7 @@ from rotquant_tvm.formats import codebook_generator as generator
 from rotquant_tvm.formats.codebook_tables import TABLES
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 208, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 208, 256, 512])
 def test_regenerating_gives_the_frozen_tables(head_dim):
     for bits in generator.BITS:
         book = generator.generate(bits, head_dim)
@@ -15,7 +15,7 @@ def test_regenerating_gives_the_frozen_tables(head_dim):
 
 
 def test_the_tables_cover_every_head_dim_and_bit_width():
-    assert tuple(TABLES) == generator.HEAD_DIMS == tuple(range(32, 257, 16))
+    assert tuple(TABLES) == generator.HEAD_DIMS == (*range(32, 257, 16), 512)
     assert all(len(books) == len(generator.BITS) for books in TABLES.values())
 
 

@@ -141,10 +141,11 @@ def test_true_bits_per_element(text, head_dim, bits):
 @pytest.mark.parametrize("name", NAMES)
 def test_check_takes_exactly_the_head_dims_that_a_codec_takes(name):
     kv_format = KVFormat.parse(name)
-    for head_dim in range(0, 300, 8):
+    for head_dim in (*range(0, 300, 8), 504, 512, 520, 1024):
         power = head_dim & (head_dim - 1) == 0
-        halves = head_dim % 32 == 0 or kv_format.codebook != "split"
-        if head_dim in HEAD_DIMS and halves and (power or kv_format.rotation != "turbo"):
+        fits = head_dim % 32 == 0 or kv_format.codebook != "split"
+        fits = fits and (head_dim <= 256 or kv_format.codebook != "trellis")
+        if head_dim in HEAD_DIMS and fits and (power or kv_format.rotation != "turbo"):
             kv_format.check(head_dim)
         else:
             with pytest.raises(FormatError, match=f"{re.escape(name)} cannot take head_dim {head_dim}"):
@@ -160,6 +161,7 @@ def test_check_takes_exactly_the_head_dims_that_a_codec_takes(name):
         ("rq3", 72, "no format takes another"),
         ("f16", 24, "no format takes another"),
         ("iso3", 320, "no format takes another"),
+        ("rq2:ip", 512, "trellises take 256 at most; use hurwitz2:ip"),
         ("dense2.5", 80, "half of it must be a multiple of 16; use dense2 or dense3"),
     ],
 )

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rotquant_tvm.errors import FormatError
-from rotquant_tvm.formats import HEAD_DIMS, KVFormat, TileLayout
-from rotquant_tvm.formats.trellis import STATES, TRELLIS_BITS, Trellis, closed_path, ring_codes, states
+from rotquant_tvm.formats import KVFormat, TileLayout
+from rotquant_tvm.formats.trellis import STATES, TRELLIS_BITS, TRELLIS_HEAD_DIMS, Trellis, closed_path, ring_codes, states
 
 BITS = pytest.mark.parametrize("bits", TRELLIS_BITS)
 
@@ -32,7 +32,7 @@ def test_the_table_is_an_antisymmetric_int8_grid_without_0(bits):
     np.testing.assert_array_equal(grid[::-1], -grid)
     assert trellis.scale.dtype == trellis.centroids.dtype == np.float32
     np.testing.assert_array_equal(trellis.centroids, np.float32(grid) * trellis.scale)
-    for head_dim in HEAD_DIMS:
+    for head_dim in TRELLIS_HEAD_DIMS:
         assert Trellis(bits, head_dim).scale * np.sqrt(head_dim) == pytest.approx(trellis.scale * np.sqrt(96))
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
-from rotquant_tvm.passes.pack_linear_weights import PackLinearWeights, make_weights, weight_recipes
+from rotquant_tvm.passes.pack_linear_weights import PackLinearWeights
+from rotquant_tvm.passes.weight_recipes import make_weights, weight_recipes
 from rotquant_tvm.schedules.linear_llvm import pack_weight
 from rotquant_tvm.schedules.vector_target import VectorTarget
 from tvm import relax

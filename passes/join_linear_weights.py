@@ -1,0 +1,130 @@
+"""Linear layers on CUDA: kernels that read the weights as they are stored, ``[out_features, in_features]``.
+
+``matmul(x, permute_dims(W))`` with a float16 parameter ``W``, with or without a bias and a residual added, becomes a
+call of :func:`rotquant_tvm.schedules.linear_cuda.cuda_linear`; layers that read the same x become one call, their
+weights one parameter, and ``silu(x Gᵀ) · (x Uᵀ)`` one result. The parameters change as their recipes
+(``weight_recipes``) tell.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import tvm
+from tvm import relax
+from tvm.target import Target
+
+from ..schedules.linear_cuda import SLICE, CUDALinear, cuda_linear
+from .linear_rewriter import Group, LinearRewriter
+from .linear_sites import LinearSite, LinearSites
+from .weight_recipes import RECIPES_ATTR, num_input
+
+
+@tvm.transform.module_pass(opt_level=0, name="JoinLinearWeights")
+class JoinLinearWeights:
+    """Replace linear layers over float16 parameters by CUDA kernels, in every Relax function.
+
+    A function that carries recipes already is left alone, so the pass is idempotent. Layers of other types, or with a
+    number of input features that is no multiple of 64, stay.
+    """
+
+    def __init__(self, target: Target) -> None:
+        """Set the CUDA target."""
+        self.target = target
+
+    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite each Relax function that has linear layers over its parameters; raise if one is malformed."""
+        for gvar, func in mod.functions_items():
+            if not isinstance(func, relax.Function) or RECIPES_ATTR in (func.attrs or {}):
+                continue
+            sites = LinearSites.find(func, num_input(func), merge=True, accept=_accepted)
+            groups = _agreeing(sites)
+            if groups:
+                absorbed = frozenset(var for group in groups for site in group for var in site.absorbed)
+                sites = replace(sites, groups=groups, embeddings=(), absorbed=absorbed)
+                mod = _Rewriter(mod, sites, self.target, func).rewrite(gvar, func)
+        mod = relax.transform.DeadCodeElimination()(mod)
+        relax.analysis.well_formed(mod)
+        return mod
+
+
+def _accepted(site: LinearSite) -> bool:
+    dtypes = {str(var.ty.dtype) for var in (site.x, site.weight, site.output)}
+    return dtypes == {"float16"} and site.in_features % SLICE == 0
+
+
+def _agreeing(sites: LinearSites) -> tuple[Group, ...]:
+    """The groups but those with a weight that some readers take as it is and others transposed."""
+    readings: dict[relax.Var, set[bool]] = defaultdict(set)
+    for site in (site for group in sites.groups for site in group):
+        readings[site.weight].add(site.transposed)
+    for embedding in sites.embeddings:
+        readings[embedding.weight].add(False)
+    return tuple(g for g in sites.groups if all(len(readings[site.weight]) == 1 for site in g))
+
+
+@relax.expr_functor.mutator
+class _Rewriter(LinearRewriter):
+    def __init__(self, mod: tvm.IRModule, sites: LinearSites, target: Target, func: relax.Function) -> None:
+        super().__init__(mod, sites)
+        self.target = target
+        self.users = _users(func)
+
+    def weight_shape(self, group: Group) -> tuple[int, ...]:
+        """One layer after the other."""
+        return sum(site.out_features for site in group), group[0].in_features
+
+    def weight_name(self, group: Group) -> str:
+        """The layers' names, or the layer's own where its weight only changes its order."""
+        return "_and_".join(str(site.weight.name) for site in group)
+
+    def emit_group(self, group: Group) -> None:
+        """The kernel over all layers of the group."""
+        product = self._gated(group)
+        one = group[0]
+        spec = CUDALinear(
+            in_features=one.in_features,
+            out_features=tuple(site.out_features for site in group),
+            bias=tuple(site.bias is not None for site in group),
+            residual=one.residual is not None,
+            gated=product is not None,
+            leading=len(one.x.ty.shape) - 1,
+            output_dtype=str(one.output.ty.dtype),
+        )
+        outputs = [site.output for site in group] if product is None else [product]
+        self.call(cuda_linear(spec, self.target), "linear", self.operands(group), outputs)
+
+    def _gated(self, group: Group) -> relax.Var | None:
+        """The product silu(first) · second, where that is all that becomes of two layers without bias."""
+        if len(group) != 2 or any(site.bias is not None for site in group):
+            return None
+        if group[0].out_features != group[1].out_features:
+            return None
+        first, second = (self._reader(site.output) for site in group)
+        if first is None or second is None or not _calls(first, "relax.nn.silu"):
+            return None
+        product = self._reader(first.var)
+        if product is None or not second.same_as(product) or not _calls(product, "relax.multiply"):
+            return None
+        self.absorbed.update((group[0].output, group[1].output, first.var))
+        return product.var
+
+    def _reader(self, var: relax.Var) -> relax.VarBinding | None:
+        """The one binding that reads a variable of the dataflow."""
+        users = self.users[var]
+        return users[0] if len(users) == 1 and isinstance(var, relax.DataflowVar) else None
+
+
+def _calls(binding: relax.VarBinding, name: str) -> bool:
+    return isinstance(binding.value, relax.Call) and getattr(binding.value.op, "name", "") == name
+
+
+def _users(func: relax.Function) -> dict[relax.Var, list[relax.VarBinding]]:
+    users: dict[relax.Var, list[relax.VarBinding]] = defaultdict(list)
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            relax.analysis.post_order_visit(
+                binding.value, lambda e, b=binding: users[e].append(b) if isinstance(e, relax.Var) else None
+            )
+    return users

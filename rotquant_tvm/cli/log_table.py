@@ -1,0 +1,35 @@
+"""Tuning records as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rotquant_tvm.cli.output import table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rotquant_tvm.tuning.log_store import LogRecord
+
+
+def record_table(title: str, records: Sequence[LogRecord], notes: Sequence[str] = ()) -> Table:
+    """Return one row per record; ``notes`` says something of each."""
+    from rotquant_tvm.tuning.shape_buckets import bucket_label
+
+    rows = [
+        [
+            record.operator,
+            record.shape.label,
+            bucket_label(record.bucket),
+            ", ".join(f"{name}={value}" for name, value in record.knobs.items()) or "the rule's own",
+            note,
+            f"{1e6 * record.seconds:.4g}",
+            "" if record.rule_seconds is None else f"{record.rule_seconds / record.seconds:.2f}×",
+            "" if record.share is None else f"{100 * record.share:.0f} %",
+            record.trials,
+        ]
+        for record, note in zip(records, notes or [""] * len(records), strict=True)
+    ]
+    columns = ["operator", "shape", "bucket", "knobs", "", "µs", "faster", "of copy", "trials"]
+    return table(title, columns, rows, left=5)

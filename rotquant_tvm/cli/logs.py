@@ -1,0 +1,125 @@
+"""List tuning logs, check them, or merge several into one folder.
+
+For example:
+  tvmc logs list
+  tvmc logs list ./logs
+  tvmc logs check tuning_logs
+  tvmc logs merge ./logs-a ./logs-b -o tuning_logs
+
+A path is the log of one device or a folder of such logs. Without one, list and check take every log that tvmc compile
+would look at: the user's, then those that come with the package. merge keeps the faster of two records of one task, and
+of an older and a newer kernel the newer one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rotquant_tvm.cli.output import Output, table
+from rotquant_tvm.errors import RotQuantError, UsageError
+
+if TYPE_CHECKING:
+    from rotquant_tvm.tuning.log_store import TuningLog
+
+SUMMARY = "list, check or merge tuning logs"
+_ACTIONS = ("list", "check", "merge")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``tvmc logs``."""
+    parser.add_argument("action", choices=_ACTIONS, help="what to do")
+    parser.add_argument("paths", metavar="DIR", nargs="*", type=Path, help="a tuning log or a folder of them")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="of merge: the folder of log folders")
+
+
+def execute(arguments: argparse.Namespace, output: Output) -> None:
+    """Do it; ends with status 1 if a checked log has a problem."""
+    if (arguments.output is not None) != (arguments.action == "merge"):
+        raise UsageError("merge needs -o DIR" if arguments.action == "merge" else f"{arguments.action} takes no -o")
+    if arguments.action == "merge" and not arguments.paths:
+        raise UsageError("merge needs the folders to merge")
+    for path in arguments.paths:
+        if not path.is_dir():
+            raise UsageError(f"{path} is no folder; give a tuning log or a folder of them")
+    {"list": _list, "check": _check, "merge": _merge}[arguments.action](arguments, output)
+
+
+def _folders(paths: list[Path]) -> list[Path]:
+    """The log folders at the paths, by default those that compile looks at. Raises UsageError for a path without."""
+    from rotquant_tvm.tuning.log_store import log_folders
+    from rotquant_tvm.tuning.record_lookup import packaged_logs, user_logs
+
+    folders = []
+    for path in paths or [user_logs(), packaged_logs()]:
+        found = log_folders(path)
+        if not found and paths:
+            raise UsageError(f"{path} has no tuning log: neither manifest.json nor folders with one")
+        folders += found
+    return folders
+
+
+def _list(arguments: argparse.Namespace, output: Output) -> None:
+    from tvm.target import Target
+
+    from rotquant_tvm.cli.log_table import record_table
+    from rotquant_tvm.tuning.log_check import is_stale
+    from rotquant_tvm.tuning.log_store import read_log
+
+    logs, shown = [], []
+    for folder in _folders(arguments.paths):
+        log = read_log(folder)
+        stale = [is_stale(entry, Target(dict(log.target))) for entry in log.entries]
+        logs.append(_described(log, stale))
+        title = f"{log.device['name']} ({log.device['arch']}), TVM {log.tvm}: {folder}"
+        shown += [*([""] if shown else []), record_table(title, log.records, ["stale" if s else "" for s in stale])]
+    output.result({"logs": logs}, *(shown or ["no tuning logs; tvmc tune makes one"]))
+
+
+def _described(log: TuningLog, stale: list[bool]) -> dict[str, Any]:
+    return {
+        "folder": str(log.path),
+        "device": log.device,
+        "target": log.target,
+        "tvm": log.tvm,
+        "layout_version": log.layout_version,
+        "copy_bandwidth": log.copy_bandwidth,
+        "records": [vars(record) | {"stale": old} for record, old in zip(log.records, stale, strict=True)],
+    }
+
+
+def _check(arguments: argparse.Namespace, output: Output) -> None:
+    from rotquant_tvm.tuning.log_check import log_problems
+
+    checked = {folder: log_problems(folder) for folder in _folders(arguments.paths)}
+    document = {"logs": [{"folder": str(folder), "problems": problems} for folder, problems in checked.items()]}
+    rows = [[str(folder), problem] for folder, problems in checked.items() for problem in problems or ["ok"]]
+    output.result(document, table("", ["log", "result"], rows, left=2) if rows else "no tuning logs to check")
+    if any(checked.values()):
+        raise SystemExit(RotQuantError.exit_status)
+
+
+def _merge(arguments: argparse.Namespace, output: Output) -> None:
+    from rotquant_tvm.tuning.log_store import is_log, read_log, write_log
+
+    root = arguments.output.resolve()
+    if is_log(root):
+        raise UsageError(f"{root} is the log of one device; -o names the folder that holds such logs")
+    merged: dict[str, TuningLog] = {}
+    for folder in _folders(arguments.paths):
+        log = read_log(folder)
+        old = merged.get(log.slug)
+        if old is None and is_log(root / log.slug):
+            old = read_log(root / log.slug)
+        if old is not None and (old.device["name"], old.device["arch"]) != (log.device["name"], log.device["arch"]):
+            raise UsageError(
+                f"{folder} is of {log.device['name']} ({log.device['arch']}), and {root / log.slug} of "
+                f"{old.device['name']} ({old.device['arch']}); their times do not compare"
+            )
+        merged[log.slug] = log.merged([]) if old is None else old.merged(log.entries)
+    for slug, log in merged.items():
+        write_log(root / slug, replace(log, path=root / slug))
+    logs = [{"folder": str(root / slug), "records": len(log.entries)} for slug, log in merged.items()]
+    output.result({"logs": logs}, *(f"wrote {log['records']} records to {log['folder']}" for log in logs))

@@ -1,0 +1,248 @@
+"""Tune the kernels of a KV cache for one device, and keep what is best as a tuning log.
+
+For example:
+  tvmc tune model.gguf --kv-cache rq3 --target cuda
+  tvmc tune --target cuda --heads 32 --kv-heads 8 --head-dim 128 -o logs
+  tvmc tune --target cuda --shapes 1x8K,8x32K --tasks attention_decode --trials-per-task 32
+  tvmc tune model.gguf --target cuda --tasks list
+
+Without MODEL, an attention of --heads and so on is tuned in 2, 3 and 4 bits and with the preset rq3, or in --kv-cache.
+An interrupted run goes on where it was: the same command measures nothing twice. tvmc compile finds the log by itself
+unless -o named a folder of your own; then tell it with --tuning-records.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rotquant_tvm.benchmark.settings import BatchShape
+from rotquant_tvm.cli import model_files
+from rotquant_tvm.cli.options import add_kv_options, integer, kv_cache_text, number, words
+from rotquant_tvm.cli.output import Advance, Output, table
+from rotquant_tvm.errors import UsageError
+
+if TYPE_CHECKING:
+    from tvm.target import Target
+
+    from rotquant_tvm import KVCacheConfig
+    from rotquant_tvm.tuning.tune import TuningOptions, TuningResult
+    from rotquant_tvm.tuning.tuning_task import TuningTask
+
+SUMMARY = "tune the KV kernels of a model for one device"
+_KV_OPTIONS = ("kv_cache", "cache_type_k", "cache_type_v", "kv_layers", *(f"kv_{n}" for n in ("sinks", "recent")))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``tvmc tune``."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a transformers model directory or a .gguf file")
+    parser.add_argument(
+        "--model-format",
+        choices=model_files.FORMATS,
+        help="refuse MODEL unless it is of this format (default: whatever it is)",
+    )
+    parser.add_argument(
+        "--target",
+        default="llvm",
+        help="llvm (this CPU), cuda (this GPU), a TVM target with options or a tag (default: llvm)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), help="default: float32; without MODEL float16 on cuda"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="folder of log folders (default: the user's data folder)"
+    )
+    shapes = parser.add_argument_group("shapes")
+    shapes.add_argument("--heads", metavar="N", type=integer(1), help="without MODEL: query heads (default: 32)")
+    shapes.add_argument("--kv-heads", metavar="N", type=integer(1), help="without MODEL: heads of K and V (default: 8)")
+    shapes.add_argument("--head-dim", metavar="N", type=integer(16), help="without MODEL: their size (default: 128)")
+    shapes.add_argument(
+        "--shapes", metavar="BxN,…", type=_shapes, default=[], help="sequences x tokens of each, like 1x8K,8x32K"
+    )
+    shapes.add_argument(
+        "--vectors", metavar="FORMAT,…", type=words(), default=[], help="codecs of plain vectors in these formats too"
+    )
+    _add_search_options(parser)
+    add_kv_options(parser)
+
+
+def _add_search_options(parser: argparse.ArgumentParser) -> None:
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--tasks",
+        metavar="WHICH",
+        default="all",
+        help="list, all, numbers like 0,2-4, or parts of names (default: all)",
+    )
+    search.add_argument("--trials", metavar="N", type=integer(1), help="kernels measured in all (default: no limit)")
+    search.add_argument(
+        "--trials-per-task", metavar="N", type=integer(1), default=16, help="kernels measured per task (default: 16)"
+    )
+    search.add_argument(
+        "--early-stopping", metavar="N", type=integer(0), default=0, help="end a task after N without a new best"
+    )
+    search.add_argument("--seed", metavar="N", type=integer(0), default=0, help="of the order of trials (default: 0)")
+    search.add_argument("--parallel", metavar="N", type=integer(1), help="compiling processes (default: one per core)")
+    search.add_argument(
+        "--timeout", metavar="S", type=number(0, above=True), default=60.0, help="seconds for a kernel (default: 60)"
+    )
+    measure = parser.add_argument_group("measurement")
+    measure.add_argument("--number", metavar="N", type=integer(1), default=10, help="runs, at least (default: 10)")
+    measure.add_argument("--repeat", metavar="N", type=integer(1), default=5, help="measurements (default: 5)")
+    measure.add_argument(
+        "--min-repeat-ms", metavar="MS", type=number(0), default=5.0, help="of one measurement (default: 5)"
+    )
+    measure.add_argument("--rpc-tracker", metavar="HOST:PORT", help="measure on a device that TVM's RPC tracker has")
+    measure.add_argument("--rpc-key", metavar="KEY", help="the key of that device's server")
+
+
+def execute(arguments: argparse.Namespace, output: Output) -> None:
+    """Tune; every cheap check comes before torch and TVM are loaded."""
+    configs = _configs(arguments)
+    model = None if arguments.model is None else model_files.check_model(arguments.model, arguments.model_format)
+    if (arguments.rpc_tracker is None) != (arguments.rpc_key is None):
+        raise UsageError("--rpc-tracker and --rpc-key belong together; give both")
+    with output.steps(None, "load TVM") as step:
+        step("load TVM")
+        tasks = _tasks(arguments, model, configs, step)
+    if arguments.tasks == "list":
+        output.result({"tasks": [_described(task) for task in tasks]}, _task_table(tasks))
+        return
+    from rotquant_tvm.tuning.record_lookup import user_logs
+    from rotquant_tvm.tuning.task_sources import selected_tasks
+    from rotquant_tvm.tuning.tune import tune
+
+    tasks = selected_tasks(tasks, arguments.tasks)
+    options = _options(arguments, tasks)
+    root = (arguments.output or user_logs()).resolve()
+    with output.steps(len(tasks) * options.trials_per_task, "start the workers") as step:
+        result = tune(tasks, root, options, lambda name, count: _advance(step, name, count))
+    for failure in result.failures:
+        output.detail(failure)
+    _show(result, output)
+
+
+def _configs(arguments: argparse.Namespace) -> list[KVCacheConfig]:
+    from rotquant_tvm.kv_cache_config import KVCacheConfig
+
+    given = any(getattr(arguments, name) is not None for name in (*_KV_OPTIONS, "kv_center", "kv_defer"))
+    if arguments.model is None and not given:
+        from rotquant_tvm.tuning.default_caches import DEFAULT_CACHES
+
+        return [KVCacheConfig.parse(text) for text in DEFAULT_CACHES]
+    if arguments.model is not None:
+        for name in ("heads", "kv_heads", "head_dim"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} is for tuning without MODEL, which has heads of its own")
+    return [KVCacheConfig.parse(kv_cache_text(arguments), arguments.kv_layers)]
+
+
+def _tasks(
+    arguments: argparse.Namespace, model: Path | None, configs: list[KVCacheConfig], step: Advance
+) -> list[TuningTask]:
+    from rotquant_tvm.target import resolve_target
+    from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
+    from rotquant_tvm.tuning.task_sources import pass_definitions, vector_definitions
+    from rotquant_tvm.tuning.tuning_task import tuning_tasks
+
+    target = resolve_target(arguments.target)
+    _check_device(arguments, target)
+    dtype = arguments.dtype or ("float16" if model is None and target.kind.name == "cuda" else "float32")
+    heads = {name: getattr(arguments, name) for name in ("heads", "kv_heads", "head_dim")}
+    attention = AttentionHeads(**{name: value for name, value in heads.items() if value is not None}, dtype=dtype)
+    if model is None:
+        mod = bare_model(attention)
+    else:
+        from rotquant_tvm.frontend import import_model
+
+        step("import")
+        mod = import_model(model, dtype=dtype).mod
+    step("find the kernels")
+    definitions = [func for config in configs for func in pass_definitions(mod, config, target)]
+    if arguments.vectors:
+        definitions += vector_definitions(arguments.vectors, attention.head_dim, dtype, target)
+    return tuning_tasks(definitions, target, arguments.shapes)
+
+
+def _check_device(arguments: argparse.Namespace, target: Target) -> None:
+    """Raise DeviceError before any work if the device to measure on is not there."""
+    if arguments.tasks == "list" or arguments.rpc_tracker is not None or target.kind.name != "cuda":
+        return
+    import tvm
+
+    from rotquant_tvm.errors import DeviceError
+
+    if not tvm.cuda(0).exist:
+        raise DeviceError("there is no CUDA device to measure on; --tasks list and --rpc-tracker work without one")
+
+
+def _options(arguments: argparse.Namespace, tasks: list[TuningTask]) -> TuningOptions:
+    from rotquant_tvm.tuning.kernel_timer import Timing
+    from rotquant_tvm.tuning.remote_measuring import RemoteDevice
+    from rotquant_tvm.tuning.tune import TuningOptions
+
+    kind = tasks[0].target.kind.name if tasks else ""
+    parallel = {} if arguments.parallel is None else {"parallel": arguments.parallel}
+    tracker = arguments.rpc_tracker
+    return TuningOptions(
+        trials_per_task=arguments.trials_per_task,
+        trials=arguments.trials,
+        early_stopping=arguments.early_stopping,
+        timing=Timing(arguments.number, arguments.repeat, arguments.min_repeat_ms),
+        timeout=arguments.timeout,
+        remote=None if tracker is None else RemoteDevice.parse(tracker, arguments.rpc_key, kind),
+        seed=arguments.seed,
+        **parallel,
+    )
+
+
+def _shapes(text: str) -> list[BatchShape]:
+    try:
+        return [BatchShape.parse(word) for word in words()(text)]
+    except UsageError as error:  # argparse would hide its text: it is a ValueError
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _advance(step: Advance, name: str, count: int) -> None:
+    for _ in range(count):
+        step(name)
+
+
+def _described(task: TuningTask) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "operator": task.shape.operator,
+        "rule": task.rule,
+        "kernel_hash": task.kernel_hash,
+        "properties": dict(task.shape.properties),
+        "bucket": task.bucket,
+        "knobs": {name: list(values) for name, values in task.knobs.items()},
+    }
+
+
+def _task_table(tasks: list[TuningTask]) -> Any:
+    rows = [
+        [str(index), task.name, task.rule, ", ".join(f"{name}: {len(v)}" for name, v in task.knobs.items())]
+        for index, task in enumerate(tasks)
+    ]
+    return table("tasks", ["task", "kernel and shape", "rule", "knobs and how many values"], rows, left=4)
+
+
+def _show(result: TuningResult, output: Output) -> None:
+    from rotquant_tvm.cli.log_table import record_table
+
+    records = list(result.records)
+    document = {
+        "folder": str(result.folder),
+        "device": result.device.document(),
+        "measured": result.measured,
+        "failures": list(result.failures),
+        "records": [vars(record) for record in records],
+    }
+    failed = f", {len(result.failures)} failed" if result.failures else ""
+    output.result(
+        document,
+        record_table(result.device.name, records),
+        f"measured {result.measured} kernels{failed}; wrote {len(records)} records to {result.folder}",
+    )

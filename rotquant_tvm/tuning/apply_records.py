@@ -1,0 +1,71 @@
+"""ApplyTuningRecords: the definitions of a module choose the knobs that tuning found best for them."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import tirx
+from tvm.target import Target
+
+from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR, kernel_for, knob_values, rule_of, with_knobs
+from .record_lookup import Match, TuningRecords
+from .shape_buckets import WantedSizes
+
+
+@tvm.transform.module_pass(opt_level=0, name="ApplyTuningRecords")
+class ApplyTuningRecords:
+    """Write the knobs of tuning records on the definitions that rules will lay out, and which record they are from.
+
+    A definition without a record, or whose record the rule declines, is left to the rule. ``records.warnings`` says
+    what could not be used, and which records are stale.
+    """
+
+    def __init__(
+        self, target: Target | None = None, records: TuningRecords | None = None, wanted: WantedSizes | None = None
+    ) -> None:
+        """Set the target (None: the current one), its records (None: the user's and the packaged) and likely sizes."""
+        self.target, self.records, self.wanted = target, records, wanted
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite ``mod``."""
+        target = self.target or Target.current(allow_none=False)
+        records = self.records or TuningRecords(target)
+        result = tvm.IRModule(mod.functions, attrs=mod.attrs)
+        for gvar, func in mod.functions_items():
+            if isinstance(func, tirx.PrimFunc):
+                tuned = with_record(func, records, self.wanted)
+                if tuned is not func:
+                    result.update_func(gvar, tuned)
+        return result
+
+
+def with_record(func: tirx.PrimFunc, records: TuningRecords, wanted: WantedSizes | None = None) -> tirx.PrimFunc:
+    """The definition with the knobs of its record and the record's name; itself where it has none or chose before."""
+    if func.attrs is None or KNOBS_ATTR in func.attrs:
+        return func
+    match = records.lookup(func, wanted)
+    if match is None:
+        return func
+    operator = match.entry.record.operator
+    tuned = with_knobs(func, match.knobs).with_attr(RECORD_ATTR, match.source)
+    if not _takes(tuned, match, records.target):
+        records.warnings.append(f"{operator}: the kernel does not take the record {match.source}; the rule decides")
+        return func
+    if match.stale:
+        records.warnings.append(
+            f"{operator}: the kernel has changed since the record {match.source}; tune it again with tvmc tune"
+        )
+    return tuned
+
+
+def _takes(func: tirx.PrimFunc, match: Match, target: Target) -> bool:
+    """Whether the rule has a kernel for the record's knobs; of an exact and current record that is known."""
+    rule = rule_of(func, target)
+    values = knob_values(rule) if rule is not None else {}
+    if any(value not in values.get(name, ()) for name, value in match.knobs.items()):
+        return False
+    if match.exact and not match.stale:
+        return True
+    try:
+        return kernel_for(func, target) is not None
+    except (ValueError, RuntimeError, AssertionError):  # a rule may also say no in this way
+        return False

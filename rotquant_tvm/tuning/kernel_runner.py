@@ -1,0 +1,129 @@
+"""Measuring candidates: in a process of its own, which a kernel may bring down, or on another machine by RPC."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
+from tvm.support.popen_pool import PopenWorker
+
+from ..errors import DeviceError
+from .kernel_builder import last_line
+from .kernel_timer import Timing
+from .measuring import copy_bandwidth, measure_candidate
+from .remote_measuring import RemoteDevice, measure_remotely
+
+_OPENING_SECONDS = 300.0
+"""For loading TVM and torch, and opening the device."""
+
+
+@dataclass
+class MeasuringProcess:
+    """A process that measures, one candidate after the other; it is replaced when a candidate fails in it.
+
+    ``folder``: where the process keeps results to compare. ``remote``: the machine to measure on instead.
+    """
+
+    target: tvm.target.Target
+    folder: Path
+    timing: Timing
+    timeout: float
+    remote: RemoteDevice | None = None
+    bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        self._worker = PopenWorker()
+        self._open = False
+
+    def open(self) -> None:
+        """Start the process and measure the bandwidth of copies. Raises DeviceError."""
+        if self.remote is None and not self._open:
+            bandwidth = self._call(_OPENING_SECONDS, copy_bandwidth, self.target, str(self.folder))
+            self.bandwidth = self.bandwidth or bandwidth
+        self._open = True
+
+    def measure(self, library: str, args_info: list[list[Any]]) -> list[float]:
+        """Return seconds per run of a candidate, one for each measurement. Raises DeviceError."""
+        self.open()
+        if self.remote is not None:
+            return self._call(self.timeout, measure_remotely, self.remote, library, args_info, self.timing)
+        folder = str(self.folder)
+        return self._call(self.timeout, measure_candidate, self.target, folder, library, args_info, self.timing)
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(ImportError):  # at interpreter exit
+            self._worker.kill()
+
+    def _call(self, seconds: float, function: Any, *arguments: Any) -> Any:
+        try:
+            self._worker.send(function, arguments, timeout=seconds)
+            return self._worker.recv()
+        except DeviceError as error:
+            raise DeviceError(last_line(error)) from error
+        except TimeoutError as error:
+            self._open = False
+            raise DeviceError(f"it took more than {seconds:g} s") from error
+        except Exception as error:  # whatever it was, the device may be unusable for this process
+            self._open = False
+            self._worker.kill()
+            raise DeviceError(last_line(error)) from error
+
+
+@derived_object
+class _Result(ms.runner.PyRunnerFuture):  # type: ignore[misc]
+    """A measurement that may still be under way."""
+
+    def __init__(self, future: Future[list[float]]) -> None:
+        super().__init__()
+        self.future = future
+
+    def done(self) -> bool:
+        return self.future.done()
+
+    def result(self) -> Any:
+        try:
+            return ms.runner.RunnerResult(self.future.result(), None)
+        except DeviceError as error:
+            return ms.runner.RunnerResult(None, str(error))
+
+
+@derived_object
+class KernelRunner(ms.runner.PyRunner):  # type: ignore[misc]
+    """Hands candidates to the measuring process; GPUs measure while the next batch is compiled, CPUs do not."""
+
+    def __init__(self, process: MeasuringProcess) -> None:
+        """Use ``process`` alone."""
+        super().__init__()
+        self.process = process
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.alone = process.remote is None and process.target.kind.name != "cuda"
+
+    def run(self, runner_inputs: list[Any]) -> list[Any]:
+        """Measure the candidates of one batch."""
+        futures = []
+        for entry in runner_inputs:
+            args_info = [info.as_json() for info in entry.args_info]
+            futures.append(self.thread.submit(self._measure, str(entry.artifact_path), args_info))
+        if self.alone:
+            for future in futures:
+                future.exception()
+        return [_Result(future) for future in futures]
+
+    def _measure(self, library: str, args_info: list[list[Any]]) -> list[float]:
+        try:
+            return self.process.measure(library, args_info)
+        finally:
+            shutil.rmtree(Path(library).parent, ignore_errors=True)
+
+    def close(self) -> None:
+        """Wait for what is under way and end the process."""
+        self.thread.shutdown(cancel_futures=True)
+        self.process.close()

@@ -1,0 +1,172 @@
+"""Finding the tuning record for a kernel: which logs serve a target, and which of their records is nearest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+from tvm import tirx
+from tvm.target import Target
+
+from ..errors import UsageError
+from ..schedules.knobs import Knobs, knob_values, rule_of
+from .device_identity import arch_of, cpu_levels, device_slug, same_arch, slug_of
+from .kernel_hash import kernel_hash
+from .kernel_shape import KernelShape
+from .knob_space import replayed_knobs
+from .log_store import MANIFEST_FILE, LogEntry, TuningLog, is_log, log_folders, read_log
+from .shape_buckets import WantedSizes, bucket_distance, bucket_label
+
+FAR = 8.0
+"""Doublings (of heads) beyond which a record says nothing about a kernel."""
+
+
+def user_logs() -> Path:
+    """Where ``tvmc tune`` writes: ``rotquant_tvm/tuning_logs`` in $XDG_DATA_HOME, or in ~/.local/share."""
+    base = Path(os.environ.get("XDG_DATA_HOME", ""))
+    if not base.is_absolute():  # the XDG specification says to ignore those
+        base = Path.home() / ".local" / "share"
+    return base / "rotquant_tvm" / "tuning_logs"
+
+
+def packaged_logs() -> Path:
+    """The logs that come with the package."""
+    return Path(str(files("rotquant_tvm.tuning_logs")))
+
+
+def log_roots(given: Path | None = None) -> list[Path]:
+    """The folders that are looked into, in order. Raises ``UsageError`` if the ``given`` one has no log."""
+    if given is not None and not log_folders(given):
+        raise UsageError(f"{given} has no tuning log: neither {MANIFEST_FILE} nor folders with one; see tvmc logs list")
+    return [*([given] if given is not None else []), user_logs(), packaged_logs()]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A record for a kernel.
+
+    knobs  to build the kernel with; none if the record says that the rule's own are best. exact  it was made for this
+    very kernel, the bucket apart. stale  the kernel's code has changed since. source  where it comes from, in words.
+    """
+
+    entry: LogEntry
+    log: TuningLog
+    knobs: Knobs
+    exact: bool
+    stale: bool
+
+    @property
+    def source(self) -> str:
+        """Folder, what was tuned at which sizes, and what was chosen."""
+        record = self.entry.record
+        chosen = ", ".join(f"{name}={value}" for name, value in self.knobs.items()) or "the rule's own knobs"
+        notes = [*([] if self.exact else [f"tuned for {record.shape.label}"]), *(["stale"] if self.stale else [])]
+        remark = f" ({', '.join(notes)})" if notes else ""
+        return f"{self.log.slug}, {bucket_label(record.bucket)}{remark}: {chosen}"
+
+
+@dataclass
+class TuningRecords:
+    """The records that serve a target.
+
+    ``given``: a root of log folders, or one of them, looked into before the user's and the packaged logs. ``warnings``
+    collects what could not be used. Raises ``UsageError`` for a ``given`` folder without a log.
+    """
+
+    target: Target
+    given: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+    _logs: list[tuple[int, TuningLog]] | None = None
+
+    def __post_init__(self) -> None:
+        self._roots = log_roots(self.given)
+
+    @property
+    def logs(self) -> list[TuningLog]:
+        """The logs that serve the target, best first."""
+        return [log for _, log in self._ranked()]
+
+    def lookup(self, func: tirx.PrimFunc, wanted: WantedSizes | None = None) -> Match | None:
+        """The record for a definition: of the same kernel if there is one, in the order of logs, else the nearest.
+
+        Of one kernel's records the one whose bucket is nearest to the ``wanted`` sizes counts.
+        """
+        shape, rule = KernelShape.of(func), rule_of(func, self.target)
+        if shape is None or rule is None or not knob_values(rule):
+            return None
+        sizes = (wanted or WantedSizes()).sizes()
+        found = []
+        for rank, log in self._ranked():
+            for entry in log.entries:
+                far = shape.distance(entry.record.shape)
+                if far is not None and far <= FAR and entry.record.rule == rule.__name__:
+                    near = (far > 0, rank if far == 0 else 0, far, bucket_distance(entry.record.bucket, sizes))
+                    found.append((near, len(found), log, entry))
+        if not found:
+            return None
+        near, _, log, entry = min(found, key=lambda item: item[:2])
+        stale = entry.record.kernel_hash != kernel_hash(rule)
+        knobs = self._knobs(log, entry, func)
+        return None if knobs is None else Match(entry, log, knobs, not near[0], stale)
+
+    def _knobs(self, log: TuningLog, entry: LogEntry, func: tirx.PrimFunc) -> Knobs | None:
+        """The knobs that the record's trace chooses for ``func``."""
+        from tvm.s_tir.meta_schedule.database import TuningRecord, Workload
+
+        try:
+            record = TuningRecord.from_json(entry.tuning_record, Workload.from_json(entry.workload))
+            return replayed_knobs(record.trace, func)
+        except Exception as error:  # whatever TVM makes of a damaged line
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            self.warnings.append(f"a record of {entry.record.operator} in {log.path} cannot be read: {lines[-1]}")
+            return None
+
+    def _ranked(self) -> list[tuple[int, TuningLog]]:
+        if self._logs is None:
+            self._logs = list(self._serving())
+        return self._logs
+
+    def _serving(self) -> Iterator[tuple[int, TuningLog]]:
+        for root_rank, root in enumerate(self._roots):
+            ranked = []
+            for folder in log_folders(root):
+                try:
+                    log = _cached_log(folder, (folder / MANIFEST_FILE).stat().st_mtime_ns)
+                except (UsageError, OSError) as error:
+                    self.warnings.append(str(error))
+                    continue
+                rank = log_rank(log, self.target)
+                if rank is None and is_log(root) and log.device["kind"] == self.target.kind.name:
+                    self.warnings.append(f"{folder} is of another device, {log.device['name']}")
+                    rank = 0  # it was named itself
+                if rank is not None:
+                    ranked.append((rank, log))
+            for rank, log in sorted(ranked, key=lambda pair: pair[0]):
+                yield 100 * root_rank + rank, log
+
+
+@lru_cache(maxsize=64)
+def _cached_log(folder: Path, _changed: int) -> TuningLog:
+    return read_log(folder)
+
+
+def log_rank(log: TuningLog, target: Target) -> int | None:
+    """How well a log's device serves a target, 0 the best; None if it does not.
+
+    CPUs are served by the logs of their level and of those below it. GPUs by their own, which the device at hand or
+    the target's tag names, and by others of the same architecture.
+    """
+    if log.device["kind"] != target.kind.name:
+        return None
+    if target.kind.name != "cuda":
+        levels = cpu_levels(target)
+        return levels.index(log.device["arch"]) if log.device["arch"] in levels else None
+    if not same_arch(str(log.device["arch"]), arch_of(target)):
+        return None
+    tag = slug_of(str(getattr(target, "tag", "") or ""))
+    named = [name for name in (device_slug(target), tag.removeprefix("nvidia-") if tag else None) if name]
+    return 0 if any(log.slug == name or log.slug.startswith(name) for name in named) else 1

@@ -1,0 +1,115 @@
+"""One kernel to tune: a definition, the rule that lays it out, and the sizes to measure it at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tvm import IRModule, tirx
+from tvm.runtime import DataType
+from tvm.s_tir.meta_schedule.arg_info import TensorInfo
+from tvm.target import Target
+
+from ..benchmark.settings import BatchShape
+from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR, kernel_for, knob_values, rule_of
+from .arguments import RESULTS, Measurement, Parameter
+from .kernel_hash import kernel_hash
+from .kernel_shape import KERNEL_ATTR, KernelShape
+from .shape_buckets import Bucket, bucket_label, default_buckets, shapes_in, size_names
+
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class TuningTask:
+    """A definition, with nothing chosen yet, at the sizes of a bucket."""
+
+    definition: tirx.PrimFunc
+    target: Target
+    bucket: Bucket
+
+    @cached_property
+    def shape(self) -> KernelShape:
+        """What the kernel is specialized on."""
+        shape = KernelShape.of(self.definition)
+        if shape is None:
+            raise RuntimeError("a function that is no operator cannot be tuned")
+        return shape
+
+    @property
+    def name(self) -> str:
+        """The operator, its shape and the bucket in one line."""
+        return " ".join(filter(None, (self.shape.operator, self.shape.label, bucket_label(self.bucket))))
+
+    @cached_property
+    def rule(self) -> str:
+        """The rule's name."""
+        return str(getattr(rule_of(self.definition, self.target), "__name__", ""))
+
+    @cached_property
+    def kernel_hash(self) -> str:
+        """The hash of the rule's code."""
+        rule = rule_of(self.definition, self.target)
+        return kernel_hash(rule) if rule is not None else ""
+
+    @cached_property
+    def knobs(self) -> dict[str, tuple[int, ...]]:
+        """The values that each knob may have."""
+        rule = rule_of(self.definition, self.target)
+        return knob_values(rule) if rule is not None else {}
+
+    @cached_property
+    def workload(self) -> IRModule:
+        """The module that MetaSchedule knows the task by; buckets of one definition share it."""
+        func = self.definition.with_attrs({"global_symbol": MAIN, KERNEL_ATTR: f"{self.rule}@{self.kernel_hash}"})
+        return IRModule({MAIN: func})
+
+    @cached_property
+    def measurement(self) -> Measurement:
+        """What the kernel is measured on."""
+        found = shapes_in(self.definition, self.bucket)
+        return Measurement(self.shape, tuple(Parameter(*parameter) for parameter in found))
+
+    @property
+    def args_info(self) -> list[TensorInfo]:
+        """The parameters as MetaSchedule describes them; together with the workload they name the task."""
+        return [TensorInfo(DataType(p.dtype), list(p.shape)) for p in self.measurement.parameters]
+
+    def key(self) -> tuple[str, str, str]:
+        """What two tasks have in common if one of them is enough."""
+        return self.shape.operator, _text(self.shape.essence()), _text(self.bucket)
+
+
+def tuning_tasks(
+    definitions: Iterable[tirx.PrimFunc], target: Target, sequences: Sequence[BatchShape] = ()
+) -> list[TuningTask]:
+    """The tasks of these definitions: those whose kernels have knobs, at the buckets that matter, each once.
+
+    ``sequences`` replace the default ones (``shape_buckets``). Operators come in their order, buckets within them.
+    """
+    tasks: dict[tuple[str, str, str], TuningTask] = {}
+    for func in definitions:
+        shape, rule = KernelShape.of(func), rule_of(func, target)
+        if shape is None or shape.operator not in RESULTS or rule is None or not knob_values(rule):
+            continue
+        clean = without_choice(func)
+        if kernel_for(clean, target) is None:  # the rule declines: there is nothing to tune
+            continue
+        for bucket in default_buckets(shape, size_names(clean), target.kind.name, sequences):
+            task = TuningTask(clean, target, bucket)
+            tasks.setdefault(task.key(), task)
+    return list(tasks.values())
+
+
+def without_choice(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The definition without the name, knobs and record that it has got since it was made."""
+    for name in (KNOBS_ATTR, RECORD_ATTR, "global_symbol"):
+        if func.attrs is not None and name in func.attrs:
+            func = func.without_attr(name)
+    return func
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True)

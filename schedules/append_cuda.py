@@ -1,0 +1,71 @@
+"""Append on CUDA, one launch: the kernels for ``ops.append``, for one new token per sequence and for any number."""
+
+from __future__ import annotations
+
+import tvm
+import tvm.tirx as tir
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from rotquant_tvm.formats import TileLayout
+from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
+
+from .append_tiles_cuda import TileAppend
+from .append_token_cuda import TokenAppend
+from .cuda_target import compute_capability, dynamic_shared_memory
+from .knobs import chosen_knobs
+from .tile_codes_cuda import supported
+
+KNOBS: dict[str, tuple[int, ...]] = {"warps": (4, 8, 12, 16), "blocks_per_sm": (1, 2, 3)}
+DEFAULTS = {"warps": 8, "blocks_per_sm": 2}
+PROCESSORS = {80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 120: 170}
+"""Streaming multiprocessors of the largest GPU of an architecture."""
+
+
+def append_cuda(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
+    """The rule: the kernel for a definition that carries its ``SiteShape``; None for formats that it lacks."""
+    shape = SiteShape.of(func)
+    return None if shape is None else append_kernel(shape, target, **chosen_knobs(func))
+
+
+def append_kernel(shape: SiteShape, target: tvm.target.Target, **knobs: int) -> tvm.tirx.PrimFunc | None:
+    """Build the kernel with some of ``KNOBS`` set; parameters and results are those of ``ops.append``."""
+    codecs = shape.codecs()
+    if compute_capability(target) < 80 or shape.dtype not in ("float16", "bfloat16", "float32"):
+        return None
+    if not all(supported(codec) for codec in codecs):
+        return None
+    chosen = {**DEFAULTS, **knobs}
+    layout = TileLayout(codecs[0].format, codecs[1].format, shape.head_dim)
+    resident = chosen["blocks_per_sm"]
+    tiles_launch = TileAppend(
+        layout,
+        codecs,
+        shape.dtype,
+        warps=chosen["warps"],
+        blocks=PROCESSORS.get(compute_capability(target), 132) * resident,
+        limit=dynamic_shared_memory(target),
+    )
+    if not tiles_launch.possible:
+        return None
+    kv_heads, head_dim = shape.kv_heads, shape.head_dim
+    batch, seq, tiles = (tir.Var(name, "int64") for name in ("batch", "seq", "tiles"))
+    with IRBuilder() as builder, T.prim_func(s_tir=False):
+        T.func_name("append")
+        T.func_attr({OP_ATTR: "append", "tirx.noalias": True, "tirx.is_scheduled": True})
+        cache = T.arg("cache", T.buffer((batch, kv_heads, tiles, layout.tile_bytes // 4), "uint32"))
+        source = [T.arg(name, T.buffer((batch, kv_heads, seq, head_dim), shape.dtype)) for name in ("k", "v")]
+        sizes = zip("kv", (codec.coefficients.size for codec in codecs), strict=True)
+        rotations = [T.arg(f"rotation_{name}", T.buffer((size,), "float32")) for name, size in sizes]
+        lengths = tuple(T.arg(name, T.buffer((batch,), "int32")) for name in ("lengths", "new_lengths"))
+        arguments = (cache, source, rotations, lengths)
+        token_launch = TokenAppend(layout, codecs, shape.dtype)
+        if not token_launch.possible:
+            tiles_launch.launch(*arguments, resident)
+        else:
+            with T.If(seq == 1):
+                with T.Then():
+                    token_launch.launch(*arguments)
+                with T.Else():
+                    tiles_launch.launch(*arguments, resident)
+    return shape.attach(builder.get())

@@ -1,0 +1,179 @@
+"""The packed tiles of a cache in decode attention, on CUDA: a warp's stream of tiles against its queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tvm.tirx as tir
+from tvm.tirx.script.builder import ir as T
+
+from rotquant_tvm.cache_policy import CachePolicy
+from rotquant_tvm.formats import TOKENS, Codec, TileLayout
+
+from .cuda_ops import Registers, f32, float_of, half2, i32, load_words, scalar, u32
+from .decode_scores_cuda import HalfScores, IntegerScores
+from .decode_softmax_cuda import HIDDEN, Weights
+from .decode_values_cuda import HalfValues, IntegerValues
+from .tile_ring_cuda import TileRing
+
+Expr = Any
+
+
+@dataclass
+class Share:
+    """A warp's share of a sequence: ``count`` tiles, ``first``, ``first + step``, …, of those before token ``packed``.
+
+    ``oldest``: the first token behind the sinks that is attended to. All int32.
+    """
+
+    first: Expr
+    step: Expr
+    count: Expr
+    packed: Expr
+    oldest: Expr
+
+
+class PackedStream:
+    """Streams tiles through the scores of K's format and the sums of V's."""
+
+    def __init__(
+        self, codecs: tuple[Codec, Codec], layout: TileLayout, policy: CachePolicy, ring: TileRing, narrow: bool
+    ) -> None:
+        self.layout, self.policy, self.ring = layout, policy, ring
+        self.head_dim = layout.head_dim
+        shared, lane = ring.shared, ring.lane
+        key, value = codecs
+        self.keys: Any = IntegerScores(key, shared, lane) if integer(key) else HalfScores(self.head_dim)
+        self.values: Any = IntegerValues(value, shared, lane, narrow) if integer(value) else HalfValues(self.head_dim)
+        self.weights = Weights(self.values)
+
+    def word(self, section: str) -> int:
+        """The first word of a section of a tile."""
+        return self.layout.sections[section].offset // 4
+
+    def begin(self, cache: Any, where: tuple[Expr, Expr], share: Share) -> None:
+        """Begin to copy the warp's tiles of one (sequence, kv head)."""
+        self._where, self._share = where, share
+        self._source = lambda number, word: cache.ptr_to([*where, share.first + number * share.step, word])
+        self.ring.start(self._source, share.count)
+
+    def stream(self, centre: Any) -> None:
+        """Take in the tiles, once the queries are at hand (``keys.start``)."""
+        ring, lane, where, share, source = self.ring, self.ring.lane, self._where, self._share, self._source
+        self.weights.start()
+        ahead = self._centre_ahead(centre, where, share, i32(0)) if self.policy.center else None
+        with T.serial(0, share.count) as number:
+            start = scalar(ring.wait())
+            tile = scalar(share.first + number * share.step)
+            scores = self._scores(start)
+            if ahead is not None:
+                words, scale = ahead
+                offset = self.keys.centre(words, scale[0])
+                for k in range(8):
+                    scores[k] = scores[k] + offset
+                self._load_centre(centre, where, share, number + 1, ahead)
+            gains = self._gains(start)
+            held = self.values.load(start + self.word("v_codes")) if integer_values(self.values) else None
+            if held is not None:
+                ring.refill(source, number + ring.stages, share.count)
+            edge = tir.Or((tile + 1) * TOKENS > share.packed, tile * TOKENS < share.oldest)
+            with T.If(edge), T.Then():
+                self._hide(scores, gains, tile, share)
+            weights = self.weights.take(scores, gains, lane)
+            if held is not None:
+                self.values.add(held, weights)
+            else:
+                self._add_halves(start, weights, edge, tile, share)
+                ring.refill(source, number + ring.stages, share.count)
+            ring.advance()
+
+    def _scores(self, start: Expr) -> Registers:
+        if not isinstance(self.keys, HalfScores):
+            return self.keys.tile(start + self.word("k_codes"), start + self.word("k_gains"))
+        scores, codes, steps = Registers(8, "float32"), start + self.word("k_codes"), self.head_dim // 16
+        chunks = _Chunks(self.ring.shared, codes, self.ring.lane)
+        for i in range(4):
+            pair = self.keys.octet(lambda step, i=i: chunks.words(2 * (i * steps + step), 2))
+            scores[2 * i], scores[2 * i + 1] = pair
+        return scores
+
+    def _gains(self, start: Expr) -> Registers | None:
+        """The gains of the lane's eight values, element 2i + u."""
+        if not integer_values(self.values):
+            return None
+        words, gains = Registers(4), Registers(8, "float32")
+        load_words(words, 0, self.ring.shared, [start + self.word("v_gains") + self.ring.lane % 4 * 4], 4, "shared")
+        for i in range(4):
+            gains[2 * i], gains[2 * i + 1] = half2(words[i])
+        return gains
+
+    def _attended(self, token: Expr, tile: Expr, share: Share) -> Expr:
+        at = tile * TOKENS + token
+        return (at < share.packed) & (at >= share.oldest)
+
+    def _hide(self, scores: Registers, gains: Registers | None, tile: Expr, share: Share) -> None:
+        """Tokens that are not attended to: their gains may be anything that once stood there."""
+        for k in range(8):
+            seen = self._attended(8 * (k // 2) + 2 * (self.ring.lane % 4) + k % 2, tile, share)
+            scores[k] = tir.Select(seen, scores[k], f32(HIDDEN))
+            if gains is not None:
+                gains[k] = tir.Select(seen, gains[k], f32(0))
+
+    def _add_halves(self, start: Expr, weights: Registers, edge: Expr, tile: Expr, share: Share) -> None:
+        chunks = _Chunks(self.ring.shared, start + self.word("v_codes"), self.ring.lane)
+        t = self.ring.lane % 4
+        masks = Registers(4)
+        masks.fill(u32(0xFFFFFFFF))
+        with T.If(edge), T.Then():  # 0 times what is not finite would not be 0
+            for at in range(4):
+                token = 8 * at + 2 * t
+                low, high = (self._attended(token + u, tile, share) for u in range(2))
+                masks[at] = tir.Select(low, u32(0xFFFF), u32(0)) | tir.Select(high, u32(0xFFFF0000), u32(0))
+
+        def fragment(j: int, half: int, x: int, pair: int) -> Expr:
+            group = 2 * j + x
+            return chunks.words(4 * group + 2 * half + pair, 1)[0] & masks[2 * x + pair]
+
+        self.values.add(fragment, weights)
+
+    def _centre_ahead(self, centre: Any, where: Any, share: Share, number: Expr) -> tuple[Registers, Registers]:
+        ahead = Registers(self.head_dim // 16), Registers(1, "float32")
+        self._load_centre(centre, where, share, number, ahead)
+        return ahead
+
+    def _load_centre(
+        self, centre: Any, where: Any, share: Share, number: Expr, ahead: tuple[Registers, Registers]
+    ) -> None:
+        """Load the centre of the stream's tile ``number`` (of the last one, behind the end)."""
+        words, scale = ahead
+        with T.If(number < share.count), T.Then():
+            block = scalar((share.first + number * share.step) // (self.policy.center // TOKENS))
+            for step in range(self.head_dim // 16):
+                words[step] = centre[(*where, block, 4 * step + self.ring.lane % 4)]
+            scale[0] = float_of(centre[(*where, block, self.head_dim // 4)])
+
+
+class _Chunks:
+    """Words of a 16-bit codes section, loaded 16 bytes at a time when first asked for."""
+
+    def __init__(self, shared: Any, start: Expr, lane: Expr) -> None:
+        self.shared, self.start, self.lane = shared, start, lane
+        self._chunk, self._words = -1, None
+
+    def words(self, first: int, count: int) -> list[Expr]:
+        """Words ``first`` …; ask in rising order, so that few are held at a time."""
+        if first // 4 != self._chunk:
+            self._chunk, self._words = first // 4, Registers(4)
+            load_words(self._words, 0, self.shared, [self.start + 128 * self._chunk + 4 * self.lane], 4, "shared")
+        return [self._words[first % 4 + k] for k in range(count)]  # type: ignore[index]
+
+
+def integer(codec: Codec) -> bool:
+    """Whether a codec's values are int8 grid values times one gain."""
+    return codec.format.codebook == "lloyd"
+
+
+def integer_values(values: Any) -> bool:
+    """Whether values are summed as integers."""
+    return isinstance(values, IntegerValues)

@@ -1,0 +1,93 @@
+"""The 16-bit segments of a cache in decode attention, on CUDA: sinks and ring, 32 rows at a time, from global memory.
+
+Rows are few, so they need no ring of copies in shared memory; a thread block of its own takes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm.tirx as tir
+from tvm.tirx.script.builder import ir as T
+
+from rotquant_tvm.cache_policy import CachePolicy
+
+from .cuda_ops import Registers, i32, load_words, prmt, scalar, u32
+from .decode_scores_cuda import HalfScores
+from .decode_softmax_cuda import HIDDEN, Weights
+from .decode_values_cuda import HalfValues
+
+Expr = Any
+
+
+class PlainRows:
+    """Streams the rows of one (sequence, kv head) through ``keys`` and ``weights``."""
+
+    def __init__(self, plain: Any, where: tuple[Expr, Expr], policy: CachePolicy, head_dim: int) -> None:
+        self.plain, self.where, self.policy, self.head_dim = plain, where, policy, head_dim
+        self.keys, self.values = HalfScores(head_dim), HalfValues(head_dim)
+        self.weights = Weights(self.values)
+
+    def stream(self, lane: Expr, warp: Expr, warps: int, bounds: tuple[Expr, Expr, Expr]) -> None:
+        """Take the rows whose positions are in ``bounds`` = (oldest, packed, stored): see ``ops.segments``."""
+        oldest, packed, stored = bounds
+        sinks = self.policy.sinks
+        self.weights.start()
+        held = scalar(tir.min(stored, i32(sinks)))
+        first = scalar(tir.max(packed, oldest - sinks))
+        sink_turns = -(-sinks // 32)
+        ring_turns = tir.if_then_else(
+            stored - sinks > first, (stored - sinks + 31) // 32 - first // 32, i32(0)
+        )
+        turns = scalar(ring_turns + sink_turns if self.policy.ring else i32(sink_turns))
+        with T.serial(0, (turns - warp + (warps - 1)) // warps) as turn:
+            number = scalar(warp + turn * warps)
+            in_sinks = number < sink_turns
+            base = scalar(tir.if_then_else(in_sinks, number * 32, (first // 32 + number - sink_turns) * 32))
+            low = scalar(tir.if_then_else(in_sinks, oldest, first))
+            high = scalar(tir.if_then_else(in_sinks, held, stored - sinks))
+
+            def slot(token: Expr, base: Expr = base, low: Expr = low, high: Expr = high, sink: Expr = in_sinks) -> Expr:
+                # A row that is not attended to may never have been written: read one that was.
+                at = tir.max(tir.min(tir.max(base + token, low), high - 1), i32(0))
+                ring = at % max(1, self.policy.ring) + sinks
+                return scalar(tir.if_then_else(sink, tir.min(at, i32(max(sinks - 1, 0))), ring))
+
+            def attended(token: Expr, base: Expr = base, low: Expr = low, high: Expr = high) -> Expr:
+                return (base + token >= low) & (base + token < high)
+
+            self._take(lane, slot, attended)
+
+    def _take(self, lane: Expr, slot: Any, attended: Any) -> None:
+        g, t = scalar(lane // 4), scalar(lane % 4)
+        scores = Registers(8, "float32")
+        for i in range(4):
+            row = slot(8 * i + g)
+            pair = self.keys.octet(lambda step, row=row: self._load(0, row, 16 * step + 4 * t, 2))
+            for u in range(2):
+                scores[2 * i + u] = tir.Select(attended(8 * i + 2 * t + u), pair[u], tir.const(HIDDEN, "float32"))
+        weights = self.weights.take(scores, None, lane)
+        rows = [slot(16 * x + 8 * pair + 2 * t + u) for x in range(2) for pair in range(2) for u in range(2)]
+        loaded: dict[int, list[list[Expr]]] = {}
+
+        def fragment(j: int, half: int, x: int, pair: int) -> Expr:
+            chunk = j // 2
+            wide = 32 * chunk + 32 <= self.head_dim
+            if chunk not in loaded:
+                start = 32 * chunk + (4 if wide else 2) * g
+                loaded[chunk] = [self._load(1, row, start, 2 if wide else 1) for row in rows]
+            two = [loaded[chunk][4 * x + 2 * pair + u][j % 2 if wide else 0] for u in range(2)]
+            return prmt(*two, u32(0x7632 if half else 0x5410))
+
+        self.values.add(fragment, weights)
+
+    def place(self, lane: Expr, j: int, half: int) -> Expr:
+        """The dim that the lane's half of block j is."""
+        if 32 * (j // 2) + 32 <= self.head_dim:
+            return 32 * (j // 2) + 4 * (lane // 4) + 2 * (j % 2) + half
+        return 16 * j + 2 * (lane // 4) + half
+
+    def _load(self, role: int, row: Expr, dim: Expr, words: int) -> list[Expr]:
+        target = Registers(words)
+        load_words(target, 0, self.plain, [*self.where, role, row, dim], words, "global")
+        return list(target)

@@ -1,0 +1,72 @@
+"""Quantize plain vectors on CUDA: codes, a byte each, and gains."""
+
+from __future__ import annotations
+
+import tvm
+import tvm.tirx as tir
+from tvm.script.ir_builder import IRBuilder
+from tvm.target import Target
+from tvm.tirx.script.builder import ir as T
+
+from rotquant_tvm.ops.codec_shape import CodecShape
+from rotquant_tvm.ops.site_shape import OP_ATTR
+from rotquant_tvm.ops.vector_code import rotation_size
+
+from .cuda_ops import WARP
+from .format_core_cuda import format_core
+from .knobs import chosen_knobs
+from .vector_rows_cuda import RowLoop
+
+KNOBS: dict[str, tuple[int, ...]] = {
+    "elements": (4, 8, 16),
+    "rows": (1, 2, 4),
+    "warps": (2, 4, 8),
+    "blocks": (264, 528, 1056, 2112),
+}
+"""Elements per lane and vector; vectors per lane and step; warps per block; blocks at most."""
+
+
+def quantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
+    """The rule: a kernel for plain codebooks behind rotations of small blocks, and for formats without either."""
+    shape = CodecShape.of(func)
+    return None if shape is None else build(shape, target, **chosen_knobs(func))
+
+
+def build(
+    shape: CodecShape, _target: Target, *, elements: int = 8, rows: int = 1, warps: int = 4, blocks: int = 1056
+) -> tvm.tirx.PrimFunc | None:
+    """Build the kernel, with the parameters of ``ops.quantize``; None if there is none. For knobs see ``KNOBS``."""
+    core = format_core(shape, elements, codes=True)
+    if core is None:
+        return None
+    lanes, head_dim, size = core.lanes, shape.head_dim, rotation_size(shape.structure, shape.head_dim)
+    n = tir.Var("n", "int64")
+    loop = RowLoop(n, groups=lanes.groups, rows=rows, warps=warps, blocks=blocks)
+    with IRBuilder() as builder, T.prim_func(s_tir=False):
+        T.func_name("quantize")
+        T.func_attr({OP_ATTR: "quantize", "tirx.noalias": True})
+        x = T.arg("x", T.buffer((n, head_dim), shape.dtype))
+        rotation = T.arg("rotation", T.buffer((size,), "float32"))
+        codes = T.arg("codes", T.buffer((n, head_dim), shape.code_dtype))
+        gain = T.arg("gain", T.buffer((n, shape.gain_columns), "float16"))
+        with T.launch_thread("blockIdx.x", loop.grid) as block, T.launch_thread("threadIdx.x", WARP * warps) as thread:
+            core.place(thread)
+            raw = [lanes.raw() for _ in range(rows)]
+            loop.start(block, thread, core.group, lambda k, row: lanes.load(raw[k], x, [row], core.lane))
+            core.load(rotation, thread, warps)
+
+            def work() -> None:
+                vectors = [lanes.unpack(words) for words in raw]
+                loop.read_next()
+                encoded = core.encode(vectors)
+                words = [core.code_words(vector) for vector in encoded]
+
+                def store(k: int, row: tir.PrimExpr) -> None:
+                    lanes.store_codes(words[k], codes, row, core.lane)
+                    core.store_gains(encoded[k], gain, row)
+
+                loop.each_row(store)
+
+            loop.run(work)
+    return builder.get()
+

@@ -1,0 +1,80 @@
+"""Rotations of a thread block's few query rows in shared memory, on CUDA: the ends of decode attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm.tirx as tir
+from tvm.tirx.script.builder import ir as T
+
+from .cuda_ops import Registers, bits_of, block_sync, f32, float_of, scalar
+
+Expr = Any
+Structure = Sequence[tuple[int, int]]
+MOST_TAPS = 16
+"""Products per element of all layers; a rotation of more costs a block longer than a launch of its own."""
+
+
+def few_taps(structure: Structure) -> bool:
+    """Whether a rotation is cheap enough to be done in every block that needs its result."""
+    return sum(block for block, _ in structure) <= MOST_TAPS
+
+
+class SharedRows:
+    """float32 [rows, head_dim] in words ``first`` … of ``shared``, twice: layers read one copy and write the other."""
+
+    def __init__(self, shared: Any, first: int, rows: int, head_dim: int, thread: Expr, threads: int) -> None:
+        self.shared, self.first, self.rows, self.head_dim = shared, first, rows, head_dim
+        self.thread, self.threads = thread, threads
+        self.now = 0
+
+    @staticmethod
+    def words(rows: int, head_dim: int) -> int:
+        """Words of shared memory for both copies."""
+        return 2 * rows * head_dim
+
+    def at(self, row: Expr, dim: Expr, copy: int | None = None) -> Expr:
+        """The word where an element stands."""
+        copy = self.now if copy is None else copy
+        return self.first + copy * self.rows * self.head_dim + row * self.head_dim + dim
+
+    def each(self, body: Callable[[Expr, Expr], None]) -> None:
+        """Run ``body(row, dim)`` for every element, spread over the block's threads."""
+        items = self.rows * self.head_dim
+        with T.serial(0, -(-items // self.threads)) as turn:
+            item = scalar(turn * self.threads + self.thread)
+            with T.If(item < items), T.Then():
+                body(scalar(item // self.head_dim), scalar(item % self.head_dim))
+
+    def put(self, row: Expr, dim: Expr, value: Expr) -> None:
+        """Set an element."""
+        T.buffer_store(self.shared, bits_of(value), [self.at(row, dim)])
+
+    def get(self, row: Expr, dim: Expr) -> Expr:
+        """An element."""
+        return float_of(self.shared[self.at(row, dim)])
+
+    def rotate(self, structure: Structure, coefficients: Any) -> None:
+        """Apply the layers of a rotation (``Rotation.structure`` and ``.data``) to every row; ends with a barrier."""
+        block_sync()
+        offset = 0
+        for block, stride in structure:
+            self._layer(block, stride, coefficients, offset)
+            self.now = 1 - self.now
+            block_sync()
+            offset += block * self.head_dim
+
+    def _layer(self, block: int, stride: int, coefficients: Any, offset: int) -> None:
+        def body(row: Expr, dim: Expr) -> None:
+            if stride == 1:
+                base = tir.min(dim // block * block, self.head_dim - block)
+            else:
+                base = dim - dim // stride % block * stride
+            total = Registers(1, "float32")
+            total[0] = f32(0)
+            for k in range(block):
+                total[0] = total[0] + coefficients[offset + dim * block + k] * self.get(row, base + k * stride)
+            T.buffer_store(self.shared, bits_of(total[0]), [self.at(row, dim, 1 - self.now)])
+
+        self.each(body)

@@ -1,0 +1,110 @@
+"""A warp's own stream of packed tiles through shared memory, on CUDA: copies run ahead of the warp that reads them.
+
+No barrier of the block is involved: every warp fills and empties a ring of its own. From sm_90 on a tile is one bulk
+copy, announced to a barrier in shared memory; before that, the lanes copy 16 bytes each and count groups of copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm.backend.cuda import op as cuda
+from tvm.tirx.script.builder import ir as T
+
+from .cuda_ops import WARP, Registers, ptx, u32, warp_sync
+
+Expr = Any
+
+
+def has_bulk_copies(target: tvm.target.Target) -> bool:
+    """Whether the GPU copies asynchronously in bulk (sm_90 and newer)."""
+    digits = "".join(c for c in str(target.attrs.get("arch", "sm_80")) if c.isdigit())
+    return int(digits or 80) >= 90
+
+
+@dataclass
+class TileRing:
+    """``stages`` tiles of ``tile_words`` words each, in words ``first`` … of ``shared`` (uint32).
+
+    ``barrier``: the first word of the ring's barriers, two words each (unused without bulk copies). ``source(number)``
+    gives the address of the stream's tile ``number``; tiles come and go in order.
+    """
+
+    shared: Any
+    first: Expr
+    barrier: Expr
+    stages: int
+    tile_words: int
+    lane: Expr
+    bulk: bool
+
+    def __post_init__(self) -> None:
+        self._stage, self._phase = Registers(1, "int32"), Registers(1, "int32")
+
+    def start(self, source: Any, count: Expr) -> None:
+        """Begin to copy the first ``stages`` of the stream's ``count`` tiles."""
+        self._stage[0], self._phase[0] = 0, 0
+        if self.bulk:
+            with T.If(self.lane == 0), T.Then():
+                for stage in range(self.stages):
+                    ptx("mbarrier.init.shared.b64", self._barrier(stage), u32(1))
+                ptx("fence.mbarrier_init.release.cluster")
+                ptx("fence.proxy.async.shared::cta")
+            warp_sync()
+        for stage in range(self.stages):
+            self._copy(source, stage, stage, count)
+
+    def wait(self) -> Expr:
+        """Wait for the oldest tile; returns its first word in ``shared``."""
+        if self.bulk:
+            T.evaluate(cuda.cuda_mbarrier_wait(self._barrier(self._stage[0]), self._phase[0]))
+        else:
+            ptx("cp.async.wait_group", self.stages - 1)
+            warp_sync()
+        return self.first + self._stage[0] * self.tile_words
+
+    def refill(self, source: Any, number: Expr, count: Expr) -> None:
+        """Copy tile ``number`` (if below ``count``) where the oldest one was, which every lane has done reading."""
+        warp_sync()
+        self._copy(source, self._stage[0], number, count)
+
+    def advance(self) -> None:
+        """Turn to the next tile."""
+        self._stage[0] = self._stage[0] + 1
+        with T.If(self._stage[0] == self.stages), T.Then():
+            self._stage[0] = 0
+            self._phase[0] = 1 - self._phase[0]
+
+    def _barrier(self, stage: Expr) -> Expr:
+        return self.shared.ptr_to([self.barrier + 2 * stage])
+
+    def _copy(self, source: Any, stage: Expr, number: Expr, count: Expr) -> None:
+        at = self.first + stage * self.tile_words
+        if self.bulk:
+            with T.If((number < count) & (self.lane == 0)), T.Then():
+                size = u32(4 * self.tile_words)
+                state = Registers(1, "uint64")
+                ptx("mbarrier.arrive.expect_tx.shared.b64", state[0], self._barrier(stage), size)
+                ptx(
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+                    self.shared.ptr_to([at]),
+                    source(number, 0),
+                    size,
+                    self._barrier(stage),
+                )
+            return
+        with T.If(number < count), T.Then():
+            for start in range(0, self.tile_words, 4 * WARP):
+                word = start + 4 * self.lane
+
+                def copy(word: Expr = word) -> None:
+                    ptx("cp.async.cg.shared.global", self.shared.ptr_to([at + word]), source(number, word), 16)
+
+                if start + 4 * WARP <= self.tile_words:
+                    copy()
+                else:
+                    with T.If(word < self.tile_words), T.Then():
+                        copy()
+        ptx("cp.async.commit_group")

@@ -1,0 +1,227 @@
+"""The rotation of a tile's tokens as a product of matrices on tensor cores, on CUDA.
+
+The layers are multiplied out to one d×d matrix, whose 16×16 blocks stand in shared memory as operands; blocks that no
+path through the layers reaches are left out. Rotated elements come out where a tile's lanes want them (``Lane``): keys
+with the tokens as the left factor and the matrix's rows in the order of a tile's dims, values the other way round.
+
+Tensor cores multiply 16-bit numbers. Where the matrix's entries are such numbers one product does; else an entry is the
+sum of two float16 (or three bfloat16), with an error of 2^-24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tvm.tirx as tir
+from numpy.typing import NDArray
+from tvm.tirx.script.builder import ir as T
+
+from rotquant_tvm.formats import Codec
+from rotquant_tvm.formats.rotation import Structure, block_reads
+
+from .cuda_ops import WARP, Registers, f32, load_words, scalar, store_words, u32
+from .tile_pack_cuda import Lane
+from .tile_rows_cuda import HalfTileRows, brain2, multiply, pack_brain2
+
+Expr = Any
+
+
+def paths(structure: Structure, head_dim: int) -> NDArray[np.int64]:
+    """int64 [d, d]: how many products of coefficients an entry of the rotation's matrix is the sum of."""
+    count = np.eye(head_dim, dtype=np.int64)
+    for block, stride in structure:
+        layer = np.zeros((head_dim, head_dim), np.int64)
+        np.add.at(layer, (np.arange(head_dim)[:, None], block_reads(head_dim, block, stride)), 1)
+        count = layer @ count
+    return count
+
+
+def is_exact(codec: Codec) -> bool:
+    """Whether every rotation of the codec's family has entries 0 and powers of two.
+
+    A drawn one tells: random angles never have.
+    """
+    mantissas = np.abs(np.frexp(codec.rotation.matrix())[0])
+    return bool(np.isin(mantissas, (0.0, 0.5)).all())
+
+
+class TileRotation:
+    """R x of half tiles; without layers the identity, which brings values into a tile's order all the same."""
+
+    def __init__(self, codec: Codec, dtype: str, role: str) -> None:
+        """Plan it, emitting nothing; ``dtype`` is the rows' (float32 rows are multiplied as bfloat16)."""
+        self.structure, self.head_dim, self.role = codec.rotation.structure, codec.head_dim, role
+        self.operand = "f16" if dtype == "float16" else "bf16"
+        self.planes = 1 if is_exact(codec) else (2 if self.operand == "f16" else 3)
+        self.blocks = self.head_dim // 16
+        count = paths(self.structure, self.head_dim)
+        self.possible = bool((count <= 1).all())
+        self._reached = count.reshape(self.blocks, 16, self.blocks, 16).any((1, 3))
+        self._diagonal = not self._reached[~np.eye(self.blocks, dtype=bool)].any()
+
+    @property
+    def identity(self) -> bool:
+        """Whether there is nothing to rotate."""
+        return not self.structure
+
+    @property
+    def _stored(self) -> int:
+        """Blocks per plane in shared memory."""
+        return self.blocks if self._diagonal else self.blocks**2
+
+    @property
+    def words(self) -> int:
+        """32-bit words of shared memory."""
+        return 0 if self.identity else self.planes * self._stored * 4 * WARP
+
+    def prepare(self, shared: Any, coefficients: Any, thread: Expr, threads: int) -> None:
+        """Multiply the layers out, all threads of the block together; it must be waited for before and after.
+
+        ``shared``: uint16, cleared by ``clear``; ``coefficients`` is ``Rotation.data``.
+        """
+        self.shared = shared
+        first_block, first_stride = self.structure[0]
+        wide = first_block if first_stride == 1 and first_block in (2, 4) else 1
+        leaves = self.head_dim * int(np.prod([block for block, _ in self.structure])) // wide
+        with T.serial(0, -(-leaves // threads)) as step:
+            leaf = scalar(step * threads + thread, "int32")
+            if leaves % threads == 0:
+                self._leaf(coefficients, leaf, wide)
+            else:
+                with T.If(leaf < leaves), T.Then():
+                    self._leaf(coefficients, leaf, wide)
+
+    def clear(self, shared: Any, thread: Expr, threads: int) -> None:
+        """Set the matrix to zero."""
+        with T.serial(0, -(-self.words // (4 * threads))) as step:
+            at = (step * threads + thread) * 4
+            with T.If(at < self.words), T.Then():
+                store_words(shared, [at * 2], [u32(0)] * 4, "shared")
+
+    def _leaf(self, coefficients: Any, leaf: Expr, wide: int) -> None:
+        """Follow one path, or ``wide`` of them that differ in the first layer alone, from an output to its inputs."""
+        offsets = np.cumsum([0, *(block * self.head_dim for block, _ in self.structure)])
+        widths = [block for block, _ in self.structure]
+        widths[0] //= wide
+        digits = []
+        for width in widths:
+            digits.append(scalar(leaf % width, "int32") if width > 1 else tir.const(0, "int32"))
+            leaf = leaf // width
+        output = scalar(leaf, "int32")
+        row, product = output, None
+        for number in reversed(range(1, len(self.structure))):
+            block, stride = self.structure[number]
+            factor = Registers(1, "float32")
+            load_words(factor, 0, coefficients, [row * block + digits[number] + int(offsets[number])], 1, "global.nc")
+            product = factor[0] if product is None else scalar(product * factor[0])
+            row = scalar(self._base(row, block, stride) + digits[number] * stride, "int32")
+        block, stride = self.structure[0]
+        factors = Registers(wide, "float32")
+        load_words(factors, 0, coefficients, [row * block + digits[0] * wide], wide, "global.nc")
+        inputs = scalar(self._base(row, block, stride) + digits[0] * (wide * stride), "int32")
+        values = [factor if product is None else scalar(factor * product) for factor in factors]
+        for first in range(0, wide, 2):
+            self._store(output, inputs + first, values[first : first + 2])
+
+    def _base(self, row: Expr, block: int, stride: int) -> Expr:
+        if stride > 1:
+            return row - row // stride % block * stride
+        base = row // block * block
+        return base if self.head_dim % block == 0 else tir.min(base, self.head_dim - block)
+
+    def _store(self, output: Expr, inputs: Expr, values: Sequence[Expr]) -> None:
+        """Store one entry, or two of neighbouring inputs, in every plane."""
+        word, odd = self._place(output, inputs)
+        rest = list(values)
+        for plane in range(self.planes):
+            halves = [_Half(value, self.operand) for value in rest]
+            at = (word + plane * (self._stored * 4 * WARP)) * 2
+            if len(values) == 2:
+                store_words(self.shared, [at], [scalar(halves[0].bits | halves[1].bits << u32(16))], "shared")
+            else:
+                T.buffer_store(self.shared, halves[0].bits.astype("uint16"), [at + odd])
+            rest = [scalar(value - half.value) for value, half in zip(rest, halves, strict=True)]
+
+    def _place(self, output: Expr, inputs: Expr) -> tuple[Expr, Expr]:
+        """(word, half of it) of an entry in its plane."""
+        t, eight, o = inputs % 8 // 2, inputs % 16 // 8, output % 16
+        if self.role == "k":
+            g, word = o // 4 * 2 + o % 2, o % 4 // 2 * 2 + eight
+        else:
+            g, word = o % 8, eight * 2 + o // 8
+        block = output // 16 if self._diagonal else output // 16 * self.blocks + inputs // 16
+        return scalar((block * WARP + g * 4 + t) * 4 + word, "int32"), inputs % 2
+
+    def apply(self, total: Registers, rows: HalfTileRows, order: Lane) -> None:
+        """total[(k·2 + a)·4 + r·2 + u] = the element (a, r, u) of dims 16k … of R x (see ``Lane``)."""
+        if self.plain:
+            for k in range(self.blocks):
+                for r in range(2):
+                    for e, value in enumerate(rows.four(k, r)):
+                        total[(k * 2 + e // 2) * 4 + r * 2 + e % 2] = value
+            return
+        total.fill(f32(0))
+        self._multiply(total, rows.operands, order)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the elements are read one by one, and clipped then."""
+        return self.identity and self.role == "k"
+
+    def repair(self, total: Registers, rows: HalfTileRows, order: Lane) -> None:
+        """Do it again with rows that are clipped to the finite float16 range."""
+        total.fill(f32(0))
+        if rows.dtype == "bfloat16":
+            self._multiply(total, rows.rests, order)
+        rows.clip_rows()
+        self._multiply(total, rows.operands, order)
+
+    def _multiply(self, total: Registers, operands: Callable[[int, bool], list[list[Expr]]], order: Lane) -> None:
+        unit = self._unit(order) if self.identity else None
+        for inputs in range(self.blocks):
+            terms = operands(inputs, self.role == "k")
+            for outputs in range(self.blocks):
+                if unit is not None and inputs == outputs:
+                    for row in terms:
+                        self._block(total, outputs, unit, row)
+                elif unit is None and self._reached[outputs, inputs]:
+                    for plane in range(self.planes):
+                        matrix = self._load(plane, outputs, inputs, order)
+                        for row in terms[: max(1, 3 - plane)]:  # further products are below the terms' own error
+                            self._block(total, outputs, matrix, row)
+
+    def _load(self, plane: int, outputs: int, inputs: int, order: Lane) -> list[Expr]:
+        block = plane * self._stored + (outputs if self._diagonal else outputs * self.blocks + inputs)
+        matrix = Registers(4)
+        load_words(matrix, 0, self.shared, [block * (8 * WARP) + order.lane * 8], 4, "shared")
+        return list(matrix)
+
+    def _block(self, total: Registers, outputs: int, matrix: list[Expr], rows: list[Expr]) -> None:
+        for a in range(2):
+            at = (outputs * 2 + a) * 4
+            if self.role == "k":
+                multiply(total, at, rows, matrix[2 * a : 2 * a + 2], self.operand)
+            else:
+                multiply(total, at, matrix, rows[2 * a : 2 * a + 2], self.operand)
+
+    def _unit(self, order: Lane) -> list[Expr]:
+        """The left operand that is a 16×16 unit matrix."""
+        one, g, t = 0x3C00 if self.operand == "f16" else 0x3F80, order.lane // 4, order.lane % 4
+        first = tir.Select(g == 2 * t, u32(one), tir.Select(g == 2 * t + 1, u32(one << 16), u32(0)))
+        word = scalar(first)
+        return [word, u32(0), u32(0), word]
+
+
+class _Half:
+    """A value rounded to 16 bits: its bits (uint32), and its value as float32."""
+
+    def __init__(self, value: Expr, operand: str) -> None:
+        if operand == "f16":
+            half = scalar(value.astype("float16"), "float16")
+            self.bits = scalar(tir.reinterpret("uint16", half).astype("uint32"))
+            self.value = half.astype("float32")
+        else:
+            self.bits = pack_brain2(value, f32(0))
+            self.value = brain2(self.bits)[0]

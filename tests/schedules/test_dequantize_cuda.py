@@ -1,0 +1,37 @@
+"""The CUDA kernel of dequantize against NumPy, on a simulated GPU and on a real one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
+
+from rotquant_tvm.formats import EncodedKV
+from rotquant_tvm.ops import dequantize
+
+from .vector_cases import AXES, CASES, codec_of, compile_cubin, kernel, run, target_of, with_gpu
+
+
+@pytest.mark.parametrize(("text", "head_dim", "dtype", "knobs", "where"), with_gpu(*CASES))
+def test_vectors_are_the_formats(text, head_dim, dtype, knobs, where):
+    codec = codec_of(text, head_dim)
+    func = kernel("dequantize", codec, dtype, knobs, target_of(where))
+    for count in (1, 43):
+        rng = np.random.default_rng(count)
+        codes = rng.integers(0, 2**codec.format.bits, (count, head_dim), np.uint8)
+        gain = rng.choice([0, 1e-3, 1.0, 900.0], (count, 1)).astype(np.float16)
+        expected = codec.decode(EncodedKV(codes, gain))
+        poison = np.full((count, head_dim), np.nan, dtype)
+        y = run(func, where, codes, gain, codec.inverse_coefficients, poison)[3]
+        size = np.abs(expected).max(-1, keepdims=True)
+        assert (np.abs(y - expected) <= (1e-6 if dtype == "float32" else 6e-4) * size + 6e-8).all()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_kernels_compile(arch):
+    compile_cubin([kernel("dequantize", codec_of(t, d), dtype, k, target_of("")) for t, d, dtype, k in CASES], arch)
+
+
+@pytest.mark.parametrize("text", ["dense3", "turbo3+qjl", "turbo2.5", "rq2"])
+def test_it_declines_what_it_does_not_know(text):
+    assert gpu_kernel(dequantize(codec_of(text, 128), "float16", AXES), target_of("")) is None

@@ -1,0 +1,54 @@
+"""The CUDA kernel of quantize against NumPy, on a simulated GPU and on a real one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
+
+from rotquant_tvm.ops import quantize
+
+from ..ops.reference import check_encoding
+from .vector_cases import AXES, CASES, codec_of, compile_cubin, encode, kernel, target_of, vectors, with_gpu
+
+
+@pytest.mark.parametrize(("text", "head_dim", "dtype", "knobs", "where"), with_gpu(*CASES))
+def test_codes_and_gains_are_the_formats(text, head_dim, dtype, knobs, where):
+    codec = codec_of(text, head_dim)
+    for count in (1, 43):
+        x = vectors(head_dim, dtype, count)
+        check_encoding(codec, x, encode(codec, x, knobs, where))
+
+
+def awkward(head_dim, dtype):
+    """Rows of zeros, NaN, Inf and numbers beyond float16 between others; the others' numbers are 0, 3 and from 8 on."""
+    x = vectors(head_dim, dtype, 12)
+    x[1], x[2], x[4], x[6] = 0, -np.inf, np.nan, -0.0
+    x[5, head_dim // 2], x[7, 1] = np.nan, np.inf
+    return x, [0, 3, *range(8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("text", "head_dim", "dtype", "knobs", "where"),
+    with_gpu(("iso3", 128, "float16", {}), ("planar1", 80, "float32", {"rows": 2}), ("rotor2:ip", 80, "float16", {})),
+)
+def test_every_input_has_the_defined_result_and_spoils_no_other(text, head_dim, dtype, knobs, where):
+    codec = codec_of(text, head_dim)
+    x, others = awkward(head_dim, dtype)
+    if dtype == "float32":
+        x[7, 2] = -3e38
+    found = encode(codec, x, knobs, where)
+    check_encoding(codec, x, found, ties=True)
+    clean = encode(codec, np.where(np.isin(np.arange(12), others)[:, None], x, 1).astype(dtype), knobs, where)
+    np.testing.assert_array_equal(found.codes[others], clean.codes[others])
+    np.testing.assert_array_equal(found.gain[others], clean.gain[others])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_kernels_compile(arch):
+    compile_cubin([kernel("quantize", codec_of(t, d), dtype, k, target_of("")) for t, d, dtype, k in CASES], arch)
+
+
+@pytest.mark.parametrize("text", ["dense3", "turbo3+qjl", "turbo2.5", "rq2", "qjl1"])
+def test_it_declines_what_it_does_not_know(text):
+    assert gpu_kernel(quantize(codec_of(text, 128), "float16", AXES), target_of("")) is None
