@@ -3,10 +3,12 @@
 #
 #   PYTHON       the interpreter that .venv is made with (default: python3)
 #   TORCH_INDEX  an extra package index for torch, e.g. PyTorch's own index of CPU builds (default: none)
+#   WORKERS      processes that make test runs side by side (default: one for each core, at most 4)
 #   DEMO, TESTS  further arguments: make demo DEMO="--short", make test TESTS="tests/cli -k formats"
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -lt 4 ] && echo $$cores || echo 4)
 DEMO ?=
 TESTS ?=
 
@@ -20,7 +22,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py $(DEMO)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 from tvm.relax.expr_functor import mutator
+from tvm.target import Target
 
 from ..schedules.rms_norm_cuda import rms_norm, takes_features
 from .function_rewriter import FunctionRewriter
@@ -18,13 +19,21 @@ from .function_rewriter import FunctionRewriter
 class FuseRMSNorm:
     """Replace RMS norms over the last axis of float16 tensors, in every Relax function; other norms stay."""
 
+    def __init__(self, target: Target) -> None:
+        """Set the CUDA target."""
+        self.target = target
+
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``mod``."""
-        return _Fuse(mod).transform()
+        return _Fuse(mod, self.target).transform()
 
 
 @mutator
 class _Fuse(FunctionRewriter):
+    def __init__(self, mod: tvm.IRModule, target: Target) -> None:
+        super().__init__(mod)
+        self.target = target
+
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
         if not _is(call, "multiply"):
@@ -32,7 +41,7 @@ class _Fuse(FunctionRewriter):
         for weight, rounded in (call.args, call.args[::-1]):
             x, epsilon = self._normalized(rounded) or (None, 0.0)
             if x is not None and self._fits(x, weight):
-                kernel = rms_norm(int(x.ty.shape[-1]), epsilon, len(x.ty.shape) - 1)
+                kernel = rms_norm(int(x.ty.shape[-1]), epsilon, len(x.ty.shape) - 1, self.target)
                 return relax.call_tir(self.builder_.add_func(kernel, "rms_norm"), [x, weight], x.ty)
         return call
 

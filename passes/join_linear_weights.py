@@ -38,12 +38,13 @@ class JoinLinearWeights:
         for gvar, func in mod.functions_items():
             if not isinstance(func, relax.Function) or RECIPES_ATTR in (func.attrs or {}):
                 continue
-            sites = LinearSites.find(func, num_input(func), merge=True, accept=_accepted)
-            groups = _agreeing(sites)
+            found = LinearSites.find(func, num_input(func), merge=True, accept=_accepted)
+            products = _Products(func)
+            groups = tuple(products.ordered(group) for group in _agreeing(found))
             if groups:
-                absorbed = frozenset(var for group in groups for site in group for var in site.absorbed)
-                sites = replace(sites, groups=groups, embeddings=(), absorbed=absorbed)
-                mod = _Rewriter(mod, sites, self.target, func).rewrite(gvar, func)
+                absorbed = products.absorbed | {var for group in groups for site in group for var in site.absorbed}
+                sites = replace(found, groups=groups, embeddings=(), absorbed=frozenset(absorbed))
+                mod = _Rewriter(mod, sites, self.target, products.gated).rewrite(gvar, func)
         mod = relax.transform.DeadCodeElimination()(mod)
         relax.analysis.well_formed(mod)
         return mod
@@ -64,12 +65,60 @@ def _agreeing(sites: LinearSites) -> tuple[Group, ...]:
     return tuple(g for g in sites.groups if all(len(readings[site.weight]) == 1 for site in g))
 
 
+class _Products:
+    """Groups of two layers of which nothing becomes but silu(first) · second.
+
+    ``gated``: the product's variable, by the group as ``ordered`` returned it; ``absorbed``: what stands between.
+    """
+
+    def __init__(self, func: relax.Function) -> None:
+        self.gated: dict[Group, relax.Var] = {}
+        self.absorbed: set[relax.Var] = set()
+        self._users: dict[relax.Var, list[relax.VarBinding]] = defaultdict(list)
+        for block in func.body.blocks:
+            for binding in block.bindings:
+                relax.analysis.post_order_visit(
+                    binding.value, lambda e, b=binding: self._users[e].append(b) if isinstance(e, relax.Var) else None
+                )
+
+    def ordered(self, group: Group) -> Group:
+        """The group with its gate first, if it has one."""
+        same = len(group) == 2 and group[0].out_features == group[1].out_features
+        if not same or any(site.bias is not None for site in group):
+            return group
+        for candidate in (group, group[::-1]):
+            product = self._product(*(site.output for site in candidate))
+            if product is not None:
+                self.gated[candidate] = product
+                return candidate
+        return group
+
+    def _product(self, gate: relax.Var, other: relax.Var) -> relax.Var | None:
+        activation, product = self._reader(gate), self._reader(other)
+        if activation is None or product is None or not _calls(activation, "relax.nn.silu"):
+            return None
+        if not product.same_as(self._reader(activation.var)) or not _calls(product, "relax.multiply"):
+            return None
+        self.absorbed.update((gate, other, activation.var))
+        return product.var
+
+    def _reader(self, var: relax.Var) -> relax.VarBinding | None:
+        """The one binding that reads a variable of the dataflow."""
+        users = self._users[var]
+        return users[0] if len(users) == 1 and isinstance(var, relax.DataflowVar) else None
+
+
+def _calls(binding: relax.VarBinding, name: str) -> bool:
+    return isinstance(binding.value, relax.Call) and getattr(binding.value.op, "name", "") == name
+
+
 @relax.expr_functor.mutator
 class _Rewriter(LinearRewriter):
-    def __init__(self, mod: tvm.IRModule, sites: LinearSites, target: Target, func: relax.Function) -> None:
+    def __init__(
+        self, mod: tvm.IRModule, sites: LinearSites, target: Target, gated: dict[Group, relax.Var]
+    ) -> None:
         super().__init__(mod, sites)
-        self.target = target
-        self.users = _users(func)
+        self.target, self.gated = target, gated
 
     def weight_shape(self, group: Group) -> tuple[int, ...]:
         """One layer after the other."""
@@ -81,8 +130,7 @@ class _Rewriter(LinearRewriter):
 
     def emit_group(self, group: Group) -> None:
         """The kernel over all layers of the group."""
-        product = self._gated(group)
-        one = group[0]
+        product, one = self.gated.get(group), group[0]
         spec = CUDALinear(
             in_features=one.in_features,
             out_features=tuple(site.out_features for site in group),
@@ -94,37 +142,3 @@ class _Rewriter(LinearRewriter):
         )
         outputs = [site.output for site in group] if product is None else [product]
         self.call(cuda_linear(spec, self.target), "linear", self.operands(group), outputs)
-
-    def _gated(self, group: Group) -> relax.Var | None:
-        """The product silu(first) · second, where that is all that becomes of two layers without bias."""
-        if len(group) != 2 or any(site.bias is not None for site in group):
-            return None
-        if group[0].out_features != group[1].out_features:
-            return None
-        first, second = (self._reader(site.output) for site in group)
-        if first is None or second is None or not _calls(first, "relax.nn.silu"):
-            return None
-        product = self._reader(first.var)
-        if product is None or not second.same_as(product) or not _calls(product, "relax.multiply"):
-            return None
-        self.absorbed.update((group[0].output, group[1].output, first.var))
-        return product.var
-
-    def _reader(self, var: relax.Var) -> relax.VarBinding | None:
-        """The one binding that reads a variable of the dataflow."""
-        users = self.users[var]
-        return users[0] if len(users) == 1 and isinstance(var, relax.DataflowVar) else None
-
-
-def _calls(binding: relax.VarBinding, name: str) -> bool:
-    return isinstance(binding.value, relax.Call) and getattr(binding.value.op, "name", "") == name
-
-
-def _users(func: relax.Function) -> dict[relax.Var, list[relax.VarBinding]]:
-    users: dict[relax.Var, list[relax.VarBinding]] = defaultdict(list)
-    for block in func.body.blocks:
-        for binding in block.bindings:
-            relax.analysis.post_order_visit(
-                binding.value, lambda e, b=binding: users[e].append(b) if isinstance(e, relax.Var) else None
-            )
-    return users

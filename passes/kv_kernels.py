@@ -117,7 +117,7 @@ class KernelLibrary:
         shape = replace(shape, splits=splits)
         return self._add(
             ("attention_decode", shape),
-            lambda: ops.attention_decode(*common, splits=splits, **options),
+            lambda: ops.attention_decode(*common, splits=splits, rotated=shape.rotated, **options),
             shape,
         )
 

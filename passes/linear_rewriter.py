@@ -28,7 +28,7 @@ class LinearRewriter(relax.PyExprMutator):
         self.joined: dict[relax.Var, relax.Var] = {}
         """The new parameter that holds an old one's weights."""
         self.results: dict[relax.Var, relax.Expr] = {}
-        self.absorbed = set(sites.absorbed)
+        self._emitted: set[Group] = set()
 
     tile = 0
     """Of the recipes."""
@@ -78,16 +78,15 @@ class LinearRewriter(relax.PyExprMutator):
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         """Emit a group at the first of its outputs, in the place of its layers."""
-        if binding.var in self.absorbed:
-            return
         group, embedding = self.groups.get(binding.var), self.embeddings.get(binding.var)
-        if group is not None and binding.var not in self.results:
+        if group is not None and group not in self._emitted:
+            self._emitted.add(group)
             self.emit_group(group)
         elif embedding is not None:
             self.emit_embedding(embedding)
         if binding.var in self.results:
             self.set_var_remap(binding.var, self.results[binding.var])
-        elif binding.var not in self.absorbed:
+        elif binding.var not in self.sites.absorbed:
             super().visit_var_binding_(binding)
 
     def operands(self, group: Group) -> list[relax.Expr]:

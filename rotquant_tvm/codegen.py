@@ -7,15 +7,22 @@ Scheduled TensorIR goes through TVM's pipeline for it, which places barriers and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm
 from tvm import relax, tirx
 from tvm.tirx import compilation_pipeline
+from tvm_ffi import structural_walk
+
+if TYPE_CHECKING:
+    from .tuning.shape_buckets import WantedSizes
 
 COUNTERS_ATTR = "rotquant.counters"
 """Function attribute of a kernel that takes int32 counters, 0 between launches, before its output: how many."""
+
+_LAUNCH_TAGS, _EARLY_START = "tirx.kernel_launch_params", "tirx.use_programtic_dependent_launch"
+"""TVM's attribute of a device function, and the launch parameter without a value that it has for early starts."""
 
 PIPELINE = "rotquant"
 """The name under which the mixed pipeline is registered with TVM."""
@@ -50,13 +57,24 @@ def _lower_calls() -> tvm.transform.Pass:
 
 
 def compile_kernel(
-    func: tirx.PrimFunc, target: tvm.target.Target, *, aligned: bool = False
+    func: tirx.PrimFunc,
+    target: tvm.target.Target,
+    *,
+    aligned: bool = False,
+    wanted: WantedSizes | None = None,
+    tuned: bool = True,
 ) -> Callable[..., None]:
     """Compile one operator's definition, or the kernel laid out by hand that there is for it, on its own.
 
     ``aligned``: every array will start at a multiple of 64 bytes, as TVM's own do; the CPU's vector kernels need it.
-    GPU kernels need 16 bytes.
+    GPU kernels need 16 bytes. The kernel's knobs are those of its tuning record made nearest to the ``wanted`` sizes,
+    unless the definition has chosen them or it is not to be ``tuned``.
     """
+    if tuned:
+        from .tuning.apply_records import with_record
+        from .tuning.record_lookup import TuningRecords
+
+        func = with_record(func, TuningRecords(target), wanted)
     mod = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
     if target.kind.name == "cuda":
         from .schedules.gpu_kv_kernels import GPUKVKernels
@@ -94,11 +112,33 @@ def _mixed_pipeline() -> tuple[tvm.transform.Pass, Any, Any]:
         if not own:
             return scheduled(mod)
         rest = {gvar: func for gvar, func in mod.functions_items() if gvar not in own}
-        result = laid_out(tvm.IRModule(own, attrs=mod.attrs))
+        result = _with_early_starts(laid_out(tvm.IRModule(own, attrs=mod.attrs)))
         result.update(scheduled(tvm.IRModule(rest, attrs=mod.attrs)))
         return result
 
     return lower, finalize_host, finalize_device
+
+
+def _with_early_starts(mod: tvm.IRModule) -> tvm.IRModule:
+    """Launch kernels that wait for their inputs themselves before the kernel before them has ended."""
+    result = tvm.IRModule(mod.functions, attrs=mod.attrs)
+    for gvar, func in mod.functions_items():
+        tags = (func.attrs or {}).get(_LAUNCH_TAGS)
+        if tags is not None and _waits(func):
+            result.update_func(gvar, func.with_attr(_LAUNCH_TAGS, [_EARLY_START, *map(str, tags)]))
+    return result
+
+
+def _waits(func: tirx.PrimFunc) -> bool:
+    """Whether a kernel waits for the kernels before it."""
+    found: list[bool] = []
+
+    def visit(call: tvm.ir.Call) -> None:
+        if getattr(call.op, "name", "") == "tirx.ptx.griddepcontrol":
+            found.append(str(call.args[0].value) == "wait")
+
+    structural_walk(func.body, (tvm.ir.Call, visit))
+    return any(found)
 
 
 compilation_pipeline.register_tir_pipeline(PIPELINE, _mixed_pipeline)

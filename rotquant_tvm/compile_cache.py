@@ -1,8 +1,8 @@
 """Compiled artifacts kept in the user's cache folder, so that the same compile is not done twice.
 
 An entry's name is the SHA-256 over all that decides what a compile gives: the model's content, the KV
-formats, the target, the batch if it is fixed, the capacity, the dtype, the versions of the packages involved and this
-package's own sources.
+formats, the target, the batch if it is fixed, the capacity, the dtype, the versions of the packages involved, this
+package's own sources and the tuning logs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .input_shapes import fixed_batch
 from .kv_cache_config import KVCacheConfig
 from .linker import linker_command
 from .shared_weights import share_weights
+from .tuning.log_folders import user_log_files
 
 KEEP = 8
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "numpy")
@@ -191,7 +192,7 @@ def environment_digest() -> str:
 
 
 def _environment() -> list[object]:
-    """Collect the versions of the packages that a compile depends on, and a digest of our own sources."""
+    """Collect the versions of the packages that a compile depends on, and a digest of our sources and tuning logs."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -206,4 +207,5 @@ def _environment() -> list[object]:
                 parts = file.relative_to(root).parts
                 if file.suffix in (".py", ".json") and parts[0] not in _WITHOUT_EFFECT:
                     sources.append([name, *parts, _file_digest(file)])
-    return [versions, _digest(sources)]
+    logs = [[file.parent.name, file.name, _file_digest(file)] for file in user_log_files()]
+    return [versions, _digest([sources, logs])]

@@ -47,11 +47,13 @@ def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.tran
     if target.kind.name == "llvm":
         passes.append(PackLinearWeights(target))
     else:
+        from .passes.fuse_decode_rotation import FuseDecodeRotation
         from .passes.fuse_rms_norm import FuseRMSNorm
+        from .passes.fuse_rotary import FuseRotary
         from .passes.join_linear_weights import JoinLinearWeights
         from .passes.view_reshapes import ViewReshapes
 
-        passes += [JoinLinearWeights(target), FuseRMSNorm(), ViewReshapes()]
+        passes += [FuseDecodeRotation(target), JoinLinearWeights(target), FuseRMSNorm(target), FuseRotary(target), ViewReshapes()]
     return passes
 
 

@@ -63,9 +63,10 @@ class TileAppend:
                 with T.If(block % 2 == 0):
                     for role, frame in enumerate((T.Then, T.Else)):
                         with frame():
-                            self._prepare(role, shared, coefficients[role], thread, threads)
                             tiles = _Tiles(self, role, cache, source[role], lengths, i32(touched), shared, thread)
-                            tiles.run(first, step, i32(units))
+                            tiles.start(first, step, i32(units))
+                            self._prepare(role, shared, coefficients[role], thread, threads)
+                            tiles.run()
 
     def _prepare(self, role: int, shared: Any, coefficients: Any, thread: Expr, threads: int) -> None:
         rotation = self.rotations[role]
@@ -127,17 +128,20 @@ class _Tiles:
         )
         self.now, self.next = _Unit(), _Unit()
 
-    def run(self, first: Expr, step: Expr, units: Expr) -> None:
-        """Write tiles ``first``, ``first + step``, … below ``units``."""
-        count = scalar((units - first + (step - 1)) // step)
-        unit = Registers(1, "int32")
-        unit[0] = first
-        self._find(self.now, unit[0], units)
+    def start(self, first: Expr, step: Expr, units: Expr) -> None:
+        """Start copying the first of tiles ``first``, ``first + step``, … below ``units``."""
+        self.first, self.step, self.units = first, step, scalar(units)
+        self._find(self.now, first)
         for half in range(2):
             self._copy(self.now, i32(half))
-        with T.serial(0, count) as _:
-            unit[0] = unit[0] + step
-            self._find(self.next, unit[0], units)
+
+    def run(self) -> None:
+        """Write all of them."""
+        unit = Registers(1, "int32")
+        unit[0] = self.first
+        with T.serial(0, scalar((self.units - self.first + (self.step - 1)) // self.step)) as _:
+            unit[0] = unit[0] + self.step
+            self._find(self.next, unit[0])
             with T.If(self.now.high > self.now.low):
                 with T.Then():
                     self.encoder.encode(self.now.at, (self.now.low, self.now.high), self._fetch, self._release)
@@ -146,14 +150,14 @@ class _Tiles:
                         self._copy(self.next, i32(half))
             self.now.assign(self.next)
 
-    def _find(self, found: _Unit, unit: Expr, units: Expr) -> None:
+    def _find(self, found: _Unit, unit: Expr) -> None:
         """Which tokens of which tile a unit is; none for one that there is not."""
-        number = scalar(tir.min(unit, units - 1))
+        number = scalar(tir.min(unit, self.units - 1))
         b = scalar(number // (self.touched * self.kv_heads))
         length = scalar(self.lengths[0][b])
         start = scalar(length - self.lengths[1][b])
         tile = scalar(start // TOKENS + number % self.touched)
-        exists = tir.all(unit < units, tile.astype("int64") < self.cache.shape[2])
+        exists = tir.all(unit < self.units, tile.astype("int64") < self.cache.shape[2])
         high = tir.Select(exists, tir.min(length - tile * TOKENS, i32(TOKENS)), i32(0))
         low = tir.max(start - tile * TOKENS, i32(0))
         head = number // self.touched % self.kv_heads

@@ -17,10 +17,10 @@ from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.codegen import COUNTERS_ATTR
 from rotquant_tvm.formats import TOKENS, TileLayout
+from rotquant_tvm.ops.attention_decode import rotation_arguments
 from rotquant_tvm.ops.online_softmax import LOG2E
 from rotquant_tvm.ops.segments import segment_arguments
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
-from rotquant_tvm.ops.vector_code import rotation_size
 
 from .cuda_ops import Registers, f32, half2, i32, load_words, scalar
 from .decode_softmax_cuda import Weights, merge_warps, merge_words
@@ -33,15 +33,15 @@ from .tile_ring_cuda import TileRing, has_bulk_copies
 
 Expr = Any
 KNOBS: dict[str, tuple[int, ...]] = {
-    "warps": (4, 8),
+    "warps": (4, 8, 16),
     "stages": (2, 3, 4),
     "blocks": (132, 264, 396, 528),
     "resident": (0, 2, 3, 4),
 }
 """Warps per block; tiles in flight per warp; blocks that a launch aims at; blocks per multiprocessor that the compiler
 must leave registers for (0: no matter)."""
-DEFAULTS = {"warps": 8, "stages": 3, "blocks": 264, "resident": 0}
-FORMATS = ("lloyd", "half")
+DEFAULTS = {"warps": 8, "stages": 3, "blocks": 264}
+FORMATS = ("lloyd", "half", "linear")
 ARRIVALS = 1 << 16
 
 
@@ -72,11 +72,13 @@ class _Kernel:
         self.shape, self.policy = shape, shape.cache_policy
         self.codecs = shape.codecs()
         self.layout = TileLayout(self.codecs[0].format, self.codecs[1].format, shape.head_dim)
-        self.warps, self.blocks, self.resident = knobs["warps"], knobs["blocks"], knobs["resident"]
+        self.warps, self.blocks = knobs["warps"], knobs["blocks"]
         self.head_blocks = -(-shape.group // 8)
         self.rows = -(-shape.group // self.head_blocks)
         self.streams = shape.kv_heads * self.head_blocks
         self.narrow = self.rows <= 4
+        # Two blocks of eight warps leave 128 registers, enough where a lane's operands are not twice as many.
+        self.resident = knobs.get("resident", 2 if self.narrow and shape.head_dim <= 128 and self.warps == 8 else 0)
         self.bulk = has_bulk_copies(target)
         self.limit = int(target.attrs.get("max_shared_memory_per_block", 49152))
         self.tile_words = self.layout.tile_bytes // 4
@@ -86,7 +88,8 @@ class _Kernel:
     def _ring_words(self, stages: int) -> int:
         """Words of the warps' rings, or of what takes their place at the end."""
         rings = self.warps * stages * (self.tile_words + 2)
-        return -(-max(rings, merge_words(self.warps, self.rows, self.shape.head_dim)) // 4) * 4
+        sizes = self.rows, self.shape.head_dim
+        return -(-max(rings, merge_words(self.warps, *sizes), Partials.words(*sizes, 32 * self.warps)) // 4) * 4
 
     def _words(self, stages: int) -> int:
         rows = SharedRows.words(self.rows, self.shape.head_dim) if self.shape.rotated else 0
@@ -106,13 +109,17 @@ class _Kernel:
             self.q = T.arg("q", T.buffer((batch, 1, shape.heads, shape.head_dim), shape.dtype))
             self.arrays = segment_arguments(self.layout, self.policy, batch, shape.kv_heads, self.tiles)
             self.lengths = T.arg("lengths", T.buffer((batch,), "int32"))
-            self.rotations = self._rotation_arguments() if shape.rotated else []
+            self.rotations = rotation_arguments(*self.codecs) if shape.rotated else ()
             self.arrivals = T.arg("arrivals", T.buffer((ARRIVALS,), "int32"))
             self.out = T.arg("out", T.buffer((batch, 1, shape.heads, shape.head_dim), shape.dtype))
-            # No more splits than tiles for a warp each, and enough blocks to fill the GPU once.
-            most = tir.max((self.tiles + (self.warps - 1)) // self.warps, tir.const(1, "int64"))
-            splits = tir.max(tir.min(self.blocks // (batch * self.streams), most), tir.const(1, "int64"))
-            parts = splits + 1 if self.policy.segmented else splits
+            # Enough blocks to fill the GPU once, but two tiles for each warp (one where tiles are large): what another
+            # split costs in the merge is about what a tile takes.
+            least = self.warps * (2 if self.layout.tile_bytes <= 8192 else 1)
+            most = (self.tiles + (least - 1)) // least
+            plain = 1 if self.policy.segmented else 0
+            splits = tir.min(self.blocks // (batch * self.streams) - plain, most)
+            splits = tir.max(splits, tir.const(1, "int64"))
+            parts = splits + plain
             self.partials = Partials(batch * self.streams, parts, self.rows, shape.head_dim)
             with T.launch_thread("blockIdx.x", batch * self.streams * parts) as block:
                 with T.launch_thread("threadIdx.x", 32 * self.warps) as thread:
@@ -122,11 +129,6 @@ class _Kernel:
                     else:
                         self._block(block, thread, (splits, parts))
         return shape.attach(builder.get())
-
-    def _rotation_arguments(self) -> list[Any]:
-        sizes = [rotation_size(codec.rotation.structure, self.shape.head_dim) for codec in self.codecs]
-        names = ("rotation_k", "inverse_v")
-        return [T.arg(name, T.buffer((size,), "float32")) for name, size in zip(names, sizes, strict=True)]
 
     def _block(self, block: Expr, thread: Expr, counts: tuple[Expr, Expr]) -> None:
         self.thread = thread
@@ -241,7 +243,7 @@ class _Kernel:
             arrived = arrives_last(self.arrivals, self.stream, self.parts, self.shared, self.thread)
             last[0] = i32(arrived)
             with T.If(arrived), T.Then():
-                self.partials.merge(self.stream, self.parts, self.thread, 32 * self.warps, put)
+                self.partials.merge(self.stream, self.parts, (self.thread, 32 * self.warps), self.shared, put)
         if self.shape.rotated:
             with T.If(last[0] == 1), T.Then():
                 rows.rotate(self.codecs[1].inverse_rotation.structure, self.rotations[1])

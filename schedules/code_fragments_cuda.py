@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rotquant_tvm.formats import Codebook
 
@@ -44,10 +45,15 @@ def load_code_words(words: Registers, shared: Any, start: Expr, lane: Expr, bits
         words[full] = words[full] >> u32((lane % 2) * 16)
 
 
-def grid_table(book: Codebook) -> list[Expr]:
-    """The codebook's grid as words of four bytes, in the order of the codes."""
-    grid = book.grid.view(np.uint8)
-    padded = np.resize(grid, max(4, grid.size))
+def fine_grid(book: Codebook) -> tuple[NDArray[np.int8], float]:
+    """The codebook's grid, as fine as int8 allows (sums of small integers would be rounded coarsely), and its scale."""
+    factor = 127 // int(np.abs(book.grid.astype(np.int32)).max())
+    return book.grid * np.int8(factor), float(book.scale) / factor
+
+
+def byte_table(values: NDArray[np.int8]) -> list[Expr]:
+    """Values of codes as words of four bytes, in the order of the codes."""
+    padded = np.resize(values.view(np.uint8), max(4, values.size))
     return [u32(int(word)) for word in np.ascontiguousarray(padded).view("<u4")]
 
 
@@ -55,12 +61,22 @@ class CodeFragments:
     """Looks up the halves of a lane's groups; every group's instructions are emitted once, when first needed."""
 
     def __init__(self, words: Registers, book: Codebook, head_dim: int) -> None:
-        self.words, self.bits, self.groups = words, book.bits, head_dim // 8
-        self._table = grid_table(book)
+        self._start(words, fine_grid(book)[0], head_dim)
+
+    @classmethod
+    def of_values(cls, words: Registers, values: NDArray[np.int8], head_dim: int) -> CodeFragments:
+        """Look up other values of the codes: int8 [2^bits]."""
+        fragments = cls.__new__(cls)
+        fragments._start(words, values, head_dim)
+        return fragments
+
+    def _start(self, words: Registers, values: NDArray[np.int8], head_dim: int) -> None:
+        self.words, self.bits, self.groups = words, values.size.bit_length() - 1, head_dim // 8
+        self._table = byte_table(values)
         self._known: dict[int, tuple[Expr, Expr]] = {}
 
     def half(self, number: int) -> Expr:
-        """The four grid values (int8, one register) of half ``number % 2`` of group ``number // 2``."""
+        """The four values (int8, one register) of half ``number % 2`` of group ``number // 2``."""
         group = number // 2
         if group not in self._known:
             self._known[group] = self._four_bits(group) if self.bits == 4 else self._few_bits(group)

@@ -52,28 +52,32 @@ class CodeLookup:
         """Fill the table, if any; the block must be waited for after it."""
         if not self.uses_table:
             return
-        count = 2 * self._range + 1
-        self._entries = T.alloc_buffer((count,), "uint32", scope="shared")
-        with T.serial(0, -(-count // threads)) as step:
-            place = thread + step * threads
-            with T.If(place < count), T.Then():
-                T.buffer_store(self._entries, self._entry(place), [place])
+        self._entries = T.alloc_buffer((2 * self._range + 1,), "uint32", scope="shared")
+        with T.serial(0, -(-(self._range + 1) // threads)) as step:
+            place = scalar(thread + step * threads)
+            with T.If(place <= self._range), T.Then():
+                upper, lower = self._entry(place)
+                T.buffer_store(self._entries, lower, [self._range - place])
+                with T.If(place < self._range), T.Then():
+                    T.buffer_store(self._entries, upper, [self._range + 1 + place])
 
-    def _entry(self, place: Expr) -> Expr:
-        """What the values between half steps ``place`` − 1 and ``place`` (counted from the lowest) have in common.
+    def _entry(self, place: Expr) -> tuple[Expr, Expr]:
+        """What values from ``place`` to ``place`` + 1 half steps above 0 have in common, and those as far below.
 
         Sums, since the compiler would make branches of nested selections.
         """
-        grid = self.book.grid.astype(int)
-        value, code = tir.const(int(grid[0]), "int32"), u32(0)
-        for threshold, step in zip(self._thresholds, np.diff(grid), strict=True):
-            above = place > self._range + threshold
+        half = 2 ** (self.book.bits - 1)
+        grid = self.book.grid[half:].astype(int)
+        value, code = tir.const(int(grid[0]), "int32"), u32(half)
+        for threshold, step in zip(self._thresholds[half:], np.diff(grid), strict=True):
+            above = place >= threshold
             value = value + tir.Select(above, tir.const(int(step), "int32"), tir.const(0, "int32"))
             code = code + above.astype("uint32")
-        number = value.astype("float32")
+        number, code = scalar(value.astype("float32")), scalar(code)
         if not self.codes:
-            return bits_of(number)
-        return tir.reinterpret("uint16", number.astype("float16")).astype("uint32") << u32(HALF_SHIFT) | code
+            return bits_of(number), bits_of(-number)
+        bits = scalar(tir.reinterpret("uint16", number.astype("float16")).astype("uint32") << u32(HALF_SHIFT))
+        return bits | code, bits ^ u32(SIGN) | (u32(2 * half - 1) - code)
 
     def _word(self, code: int) -> int:
         value = self.book.grid[code]

@@ -14,7 +14,7 @@ import tvm.tirx as tir
 
 from rotquant_tvm.formats import Codec
 
-from .code_fragments_cuda import CodeFragments, load_code_words, words_per_lane
+from .code_fragments_cuda import CodeFragments, fine_grid, load_code_words, words_per_lane
 from .cuda_ops import Registers, across, f32, half2, i32, load_words, mma_half, mma_int8, pack_half2, ptx, scalar, u32
 
 Expr = Any
@@ -83,7 +83,7 @@ class IntegerScores:
         book: Any = self.codec.codebook
         fragments = CodeFragments(words, book, head_dim)
         scores = Registers(8, "float32")
-        unit = scalar(self.unit[0] * f32(float(book.scale)))
+        unit = scalar(self.unit[0] * f32(fine_grid(book)[1]))
         for i in range(4):
             sums = self._times(lambda step, i=i: fragments.half(i * self.steps + step))
             for u, half in enumerate(half2(gain[i])):

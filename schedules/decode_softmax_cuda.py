@@ -26,12 +26,12 @@ SMALLEST_GAIN = float(2**-14)
 
 
 class Weights:
-    """Running reference and sum of the lane's query row; ``values`` sums values by the weights."""
+    """Running reference and sum of the lane's query row; ``values`` sums values by the weights, ``count`` at a time."""
 
-    def __init__(self, values: Any) -> None:
+    def __init__(self, values: Any, count: int = 8) -> None:
         self.values = values
         self.reference, self.total = Registers(1, "float32"), Registers(1, "float32")
-        self.weights = Registers(8, "float32")
+        self.weights = Registers(count, "float32")
 
     def start(self) -> None:
         """Nothing is attended to yet."""
@@ -39,8 +39,8 @@ class Weights:
         self.values.start()
 
     def take(self, scores: Registers, gains: Registers | None, lane: Expr) -> Registers:
-        """Turn the lane's eight scores into weights (``values.rounded``) and count them in."""
-        shares = Registers(8, "float32")
+        """Turn the lane's scores into weights (``values.rounded``) and count them in."""
+        shares = Registers(scores.count, "float32")
         most = self._weigh(scores, gains, shares)
         sums = scalar(_sum(shares))
         with T.If(any_lane(tir.Or(self.values.exceeds(most), sums > f32(FARTHEST)))), T.Then():
@@ -51,7 +51,7 @@ class Weights:
 
     def _weigh(self, scores: Registers, gains: Registers | None, shares: Registers) -> Expr:
         most = f32(0)
-        for k in range(8):
+        for k in range(scores.count):
             shares[k] = tir.exp2(scores[k] - self.reference[0])
             self.weights[k] = self.values.rounded(shares[k], None if gains is None else gains[k])
             most = tir.max(most, self.weights[k])
@@ -60,7 +60,7 @@ class Weights:
     def _move(self, scores: Registers, gains: Registers | None, lane: Expr) -> None:
         highest = Registers(1, "float32")
         highest[0] = f32(HIDDEN)
-        for k in range(8):
+        for k in range(scores.count):
             score = scores[k]
             if gains is not None:
                 score = score + tir.log2(tir.max(gains[k], f32(SMALLEST_GAIN)))
@@ -77,8 +77,10 @@ class Weights:
 
 
 def _sum(shares: Registers) -> Expr:
-    pairs = [shares[2 * k] + shares[2 * k + 1] for k in range(4)]
-    return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+    terms = list(shares)
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+    return terms[0]
 
 
 def merge_warps(

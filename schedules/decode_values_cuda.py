@@ -13,7 +13,7 @@ import tvm.tirx as tir
 
 from rotquant_tvm.formats import Codec
 
-from .code_fragments_cuda import CodeFragments, load_code_words, words_per_lane
+from .code_fragments_cuda import CodeFragments, fine_grid, load_code_words, words_per_lane
 from .cuda_ops import Registers, bits_of, f32, i32, mma_half, mma_int8, pack_half2, prmt, ptx, u32
 
 Expr = Any
@@ -38,7 +38,7 @@ class IntegerValues:
         self.blocks = codec.head_dim // 16
         self.sums = Registers(4 * self.blocks * self.parts)
         self.selector = Registers(1)
-        self.scale = float(codec.codebook.scale)  # type: ignore[union-attr]
+        self.scale = fine_grid(codec.codebook)[1]  # type: ignore[arg-type]
 
     def start(self) -> None:
         """Clear the sums."""
@@ -125,13 +125,13 @@ class HalfValues:
                 self.sums[at + column] = self.sums[at + column] * decay
 
     def add(self, fragment: Callable[[int, int, int, int], Expr], weights: Registers) -> None:
-        """Add 32 values by the lane's eight weights, element 2i + u.
+        """Add 16 values for every four weights of the lane, element 2i + u.
 
         ``fragment(j, half, x, pair)``: dim 16j + 8·half + g of tokens 16x + 8·pair + 2t and the next, as one word.
         """
-        words = [pack_half2(weights[2 * i], weights[2 * i + 1]) for i in range(4)]
+        words = [pack_half2(weights[2 * i], weights[2 * i + 1]) for i in range(weights.count // 2)]
         for j in range(self.blocks):
-            for x in range(2):
+            for x in range(len(words) // 2):
                 values = [fragment(j, half, x, pair) for pair in range(2) for half in range(2)]
                 mma_half(self.sums, 4 * j, values, words[2 * x : 2 * x + 2])
 

@@ -7,7 +7,7 @@ from rotquant_tvm.ops.codec_shape import CodecShape
 
 from .linear_core_cuda import HalfCore, LinearCore
 from .vector_core_cuda import VectorCore
-from .vector_lanes_cuda import VectorLanes
+from .vector_lanes_cuda import ITEM_BYTES, VectorLanes
 
 FormatCore = VectorCore | LinearCore | HalfCore
 
@@ -19,6 +19,8 @@ def format_core(
 
     ``codes`` and ``table`` are those of ``VectorCore``.
     """
+    if shape.dtype not in ITEM_BYTES:
+        return None
     lanes = VectorLanes.choose(shape.head_dim, shape.dtype, elements)
     if VectorCore.possible(shape, lanes):
         return VectorCore(shape, lanes, codes=codes, table=table)

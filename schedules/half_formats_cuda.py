@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rotquant_tvm.formats import Codebook, Codec, SplitCodebook
 from rotquant_tvm.formats.linear import NIBBLE_ZERO
 from rotquant_tvm.formats.trellis import Trellis
 
-from .code_fragments_cuda import CodeFragments
 from .cuda_ops import float_of, pack_half2, u32
-from .packed_half_cuda import GRID, ByteGrid, Group, HalfFormat, PackedRole, clipped, expand_bytes
+from .packed_half_cuda import (
+    GRID,
+    ByteFragments,
+    Group,
+    HalfFormat,
+    PackedRole,
+    clipped,
+    expand_bytes,
+    grid_points,
+)
 from .split_half_cuda import split_groups
 from .trellis_half_cuda import trellis_groups
 
@@ -23,16 +31,14 @@ def half_format(codec: Codec) -> HalfFormat | None:
     kv_format, book = codec.format, codec.codebook
     gains = kv_format.gains_per_vector(codec.head_dim)
     if kv_format.codebook == "lloyd" and isinstance(book, Codebook):
-        table = ByteGrid(book.bits, tuple(int(point) for point in book.grid))
-        return HalfFormat(book.bits, GRID * float(book.scale), gains, _looked_up(table))
+        return HalfFormat(book.bits, GRID * float(book.scale), gains, _looked_up(grid_points(book.grid)))
     if isinstance(book, SplitCodebook):
         return HalfFormat(book.bits, GRID * float(book.wide.scale), gains, lambda tile: split_groups(book, tile))
     if isinstance(book, Trellis):
-        grid = tuple(int(point) for point in book.grid)
-        return HalfFormat(book.bits, GRID * float(book.scale), gains, lambda tile: trellis_groups(book, tile), grid)
+        factor, points = GRID * float(book.scale), tuple(grid_points(book.grid))
+        return HalfFormat(book.bits, factor, gains, lambda tile: trellis_groups(book, tile), points)
     if kv_format.codebook == "linear" and kv_format.bits == 4:
-        table = ByteGrid(4, tuple(16 * (code - NIBBLE_ZERO) for code in range(16)))
-        return HalfFormat(4, GRID / 16, gains, _looked_up(table))
+        return HalfFormat(4, GRID / 16, gains, _looked_up([16 * (code - NIBBLE_ZERO) for code in range(16)]))
     if kv_format.codebook == "linear":
         return HalfFormat(8, GRID, gains, _own_bytes)
     if kv_format.codebook == "half":
@@ -42,9 +48,9 @@ def half_format(codec: Codec) -> HalfFormat | None:
     return None
 
 
-def _looked_up(table: ByteGrid) -> Callable[[PackedRole], Group]:
+def _looked_up(points: Sequence[int]) -> Callable[[PackedRole], Group]:
     def groups(tile: PackedRole) -> Group:
-        fragments = CodeFragments(tile.words, table, tile.head_dim)
+        fragments = ByteFragments(tile.words, points, tile.head_dim)
         return lambda number: [half for k in range(2) for half in expand_bytes(fragments.half(2 * number + k))]
 
     return groups

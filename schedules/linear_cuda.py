@@ -15,16 +15,26 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
+from .cuda_target import dynamic_shared_memory
+from .dependent_launch_cuda import starts_early
 from .linear_few_rows_cuda import FewRows, emit_few_rows
-from .linear_many_rows_cuda import SLICE, ManyRows, emit_many_rows
+from .linear_many_rows_cuda import SLICE, ManyRows, ManyRowsTile
 from .linear_operands_cuda import CUDALinear, Operands
+from .linear_warpgroups_cuda import WarpgroupTile, has_warpgroups, warpgroup_knobs
 
-__all__ = ["FEW", "MANY", "SLICE", "CUDALinear", "cuda_linear"]
+__all__ = ["FEW", "MANY", "SLICE", "WARPGROUPS", "CUDALinear", "cuda_linear"]
 
-FEW = (FewRows(8, tiles=1), FewRows(16, tiles=2))
+FEW = (
+    FewRows(8, tiles=1, warps=16, steps=2, stages=3),
+    FewRows(16, tiles=1, warps=8, steps=2, stages=4),
+    FewRows(32, tiles=2, warps=8, steps=2, stages=3),
+    FewRows(64, tiles=2, warps=8, steps=1, stages=4),
+)
 """For few rows, in the order of how many they take."""
 MANY = (ManyRows(128, 256, 64, 64, stages=4), ManyRows(128, 128, 64, 32, stages=3))
 """For many rows, the largest tile first."""
+WARPGROUPS = (warpgroup_knobs(128, 256, stages=4), warpgroup_knobs(128, 128, stages=4), warpgroup_knobs(64, 128))
+"""The same on Hopper's tensor cores."""
 FILLED = 128
 """Blocks from which on a GPU counts as filled: a larger tile is not worth fewer."""
 
@@ -33,17 +43,19 @@ Case = tuple[Any, Callable[[], None]]
 
 @functools.cache
 def cuda_linear(
-    spec: CUDALinear, target: Target, few: tuple[FewRows, ...] = FEW, many: tuple[ManyRows, ...] = MANY
+    spec: CUDALinear, target: Target, few: tuple[FewRows, ...] = FEW, many: tuple[ManyRows, ...] | None = None
 ) -> tir.PrimFunc:
     """PrimFunc (x, weight, bias of each layer that has one, residual if any, y of each layer or of the product).
 
     ``weight``: float16 [sum of out_features, in_features]; ``in_features`` must be a multiple of 64. ``few`` and
-    ``many`` are the kernels to choose from; those that need more shared memory than the target has are left out.
+    ``many`` (by default the target's) are the kernels to choose from; those that need more shared memory than the
+    target has are left out.
     """
-    limit = int(target.attrs.get("max_shared_memory_per_block", 49152))
+    many = many or (WARPGROUPS if has_warpgroups(target) else MANY)
+    limit = dynamic_shared_memory(target)
     with IRBuilder() as builder, T.prim_func(s_tir=False, is_private=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
-        operands = Operands(spec)
+        operands = Operands(spec, starts_early(target))
         cases: list[Case] = [
             (operands.rows <= knobs.columns, functools.partial(emit_few_rows, operands, knobs)) for knobs in few
         ]
@@ -51,7 +63,8 @@ def cuda_linear(
         for knobs in fitting:
             row_tiles = (operands.rows + (knobs.rows - 1)) // knobs.rows
             filled = row_tiles * -(-sum(spec.out_features) // knobs.features) >= FILLED
-            cases.append((filled, functools.partial(emit_many_rows, operands, knobs)))
+            tile = WarpgroupTile if knobs.warpgroups else ManyRowsTile
+            cases.append((filled, functools.partial(tile.launch, operands, knobs)))
         _choose(cases)
     return builder.get()
 

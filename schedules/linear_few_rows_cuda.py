@@ -18,6 +18,7 @@ import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
 from .cuda_ops import WARP, Registers, block_sync, f32, load_words, mma_half, ptx, scalar
+from .dependent_launch_cuda import let_next_start, wait_for_inputs
 from .linear_operands_cuda import Operands, shared_array, silu
 
 Expr = Any
@@ -68,6 +69,7 @@ class _Block:
         knobs = self.knobs
         words = self.ring_words + knobs.warps * knobs.columns * self.pitch
         self.shared = shared_array(words, "uint32")
+        let_next_start(self.operands.early)
         first = scalar(block.astype("int32") * self.owned)
         lane, warp = scalar((thread % WARP).astype("int32")), scalar((thread // WARP).astype("int32"))
         self.g, self.t = scalar(lane // 4), scalar(lane % 4)
@@ -93,11 +95,12 @@ class _Block:
         filled[0], read[0] = knobs.stages - 1, 0
         for stage in range(knobs.stages - 1):
             self._copy(stage, stage)
+        wait_for_inputs(self.operands.early)
         weights, values = Registers(4 * self.accesses), Registers(4 * self.blocks * knobs.steps)
         with T.serial(0, self.count) as turn:
             at = scalar(self._input(turn))
             for n, (column, step) in enumerate(self._pairs(self.columns)):
-                load_words(values, 4 * n, self.operands.x, (column, at + step * STEP), 4, "global.nc")
+                load_words(values, 4 * n, self.operands.x, (column, at + step * STEP), 4, "global")
             ptx("cp.async.wait_group", knobs.stages - 2)
             for n in range(self.accesses):
                 load_words(weights, 4 * n, self.shared, [self._place(read[0], n)], 4, "shared")

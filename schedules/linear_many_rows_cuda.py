@@ -15,6 +15,7 @@ import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
 from .cuda_ops import WARP, Registers, block_sync, f32, mma_half, ptx, scalar
+from .dependent_launch_cuda import let_next_start, wait_for_inputs
 from .linear_operands_cuda import Operands, shared_array, silu
 
 Expr = Any
@@ -26,13 +27,17 @@ PARTS = 8
 
 @dataclass(frozen=True)
 class ManyRows:
-    """The kernel's knobs: rows and features of a block's tile, and of a warp's; stages of the ring."""
+    """The kernel's knobs: rows and features of a block's tile, and of a warp's; stages of the ring.
+
+    ``warpgroups``: the warps' tensor cores work together (``linear_warpgroups_cuda``).
+    """
 
     rows: int = 128
     features: int = 128
     warp_rows: int = 64
     warp_features: int = 32
     stages: int = 3
+    warpgroups: bool = False
 
     @property
     def threads(self) -> int:
@@ -42,19 +47,21 @@ class ManyRows:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        return self.stages * (self.rows + self.features) * SLICE * 2
+        return self.stages * (self.rows + self.features) * SLICE * 2 + (1024 if self.warpgroups else 0)
 
 
-def emit_many_rows(operands: Operands, knobs: ManyRows) -> None:
-    """Emit the launch, for any number of rows."""
-    total = sum(operands.spec.out_features)
-    row_tiles = (operands.rows + (knobs.rows - 1)) // knobs.rows
-    with T.launch_thread("blockIdx.x", row_tiles * -(-total // knobs.features)) as block:
-        with T.launch_thread("threadIdx.x", knobs.threads) as thread:
-            _Tile(operands, knobs, total).emit(block, thread, row_tiles)
+class ManyRowsTile:
+    """Emits a block's tile of y."""
 
+    @classmethod
+    def launch(cls, operands: Operands, knobs: ManyRows) -> None:
+        """Emit the launch of a block per tile, for any number of rows."""
+        total = sum(operands.spec.out_features)
+        row_tiles = (operands.rows + (knobs.rows - 1)) // knobs.rows
+        with T.launch_thread("blockIdx.x", row_tiles * -(-total // knobs.features)) as block:
+            with T.launch_thread("threadIdx.x", knobs.threads) as thread:
+                cls(operands, knobs, total).emit(block, thread, row_tiles)
 
-class _Tile:
     def __init__(self, operands: Operands, knobs: ManyRows, total: int) -> None:
         self.operands, self.knobs, self.total = operands, knobs, total
         self.gated = operands.spec.gated
@@ -63,8 +70,9 @@ class _Tile:
         self.across, self.down = knobs.warp_features // 8, knobs.warp_rows // 16  # blocks of a warp's tile
 
     def emit(self, block: Expr, thread: Expr, row_tiles: Expr) -> None:
+        """Emit the body of the launch."""
         knobs = self.knobs
-        self.shared = shared_array(knobs.stages * self.stage, "float16")
+        self.shared = self._shared()
         tiles = scalar(row_tiles.astype("int32"))
         block, self.thread = scalar(block.astype("int32")), scalar(thread.astype("int32"))
         # Neighbouring blocks share the weights, which are the larger operand.
@@ -78,15 +86,22 @@ class _Tile:
         self.sums.fill(f32(0))
         self._prepare_copies()
         self._prepare_reads(lane)
+        let_next_start(self.operands.early)
+        wait_for_inputs(self.operands.early)
         self._multiply()
         self._store()
+
+    def _shared(self, room: int = 0) -> Any:
+        """The ring of stages, which begins at element ``self.first``, and ``room`` more elements."""
+        self.first: Expr = 0
+        return shared_array(self.knobs.stages * self.stage + room, "float16")
 
     def _prepare_copies(self) -> None:
         """A thread copies the same part of rows ``threads / 8`` apart, of x and of the weights."""
         knobs = self.knobs
         step = knobs.threads // PARTS
         row, part = scalar(self.thread // PARTS), scalar(self.thread % PARTS)
-        self.target = scalar(row * SLICE + (part ^ (row % PARTS)) * 8)
+        self.target = scalar(self.first + row * SLICE + (part ^ (row % PARTS)) * 8)
         last = scalar(self.operands.rows.astype("int32") - 1)
         self.sources = []
         for start in range(0, knobs.rows, step):

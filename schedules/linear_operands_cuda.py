@@ -10,7 +10,7 @@ import tvm.tirx as tir
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from .cuda_ops import f32, pack_half2, ptx
+from .cuda_ops import Registers, f32, pack_half2, ptx
 
 Expr = Any
 
@@ -41,11 +41,12 @@ class CUDALinear:
 class Operands:
     """The arguments of a launch; create it where a function's arguments are declared.
 
+    ``early``: the kernels may start before their inputs are there, and wait for them.
     ``x``: [rows, in_features]; ``weight``: [sum of out_features, in_features]; results and residual [rows, features].
     """
 
-    def __init__(self, spec: CUDALinear) -> None:
-        self.spec = spec
+    def __init__(self, spec: CUDALinear, early: bool = False) -> None:
+        self.spec, self.early = spec, early
         leading = [tir.Var(f"d{i}", "int64") for i in range(spec.leading)]
         self.rows = functools.reduce(lambda a, b: a * b, leading, tir.const(1, "int64"))
 
@@ -96,12 +97,23 @@ class Operands:
             if bias is not None:
                 value = value + bias[feature + k].astype("float32")
             if self.residual is not None:
-                value = value + self.residual[row, feature + k].astype("float32")
+                value = value + _read(self.residual, [row, feature + k])
             sums.append(value)
         if len(sums) == 2:
             ptx("st.global.b32", result.ptr_to([row, feature]), pack_half2(*sums))
         else:
             T.buffer_store(result, sums[0].astype(self.spec.output_dtype), [row, feature])
+
+
+def _read(buffer: Any, index: list[Expr]) -> Expr:
+    """An element as float32, read here and not before: a kernel that starts early must not move it up."""
+    if str(buffer.dtype) == "float16":
+        half = Registers(1, "uint16")
+        ptx("ld.global.u16", half[0], buffer.ptr_to(index))
+        return tir.reinterpret("float16", half[0]).astype("float32")
+    single = Registers(1, "float32")
+    ptx("ld.global.f32", single[0], buffer.ptr_to(index))
+    return single[0]
 
 
 def shared_array(count: int, dtype: str) -> Any:

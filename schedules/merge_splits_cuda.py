@@ -14,10 +14,10 @@ from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.ops.online_softmax import MASKED
 
-from .cuda_ops import Registers, block_sync, f32, i32, load_words, ptx, scalar, u32
+from .cuda_ops import Registers, bits_of, block_sync, f32, float_of, i32, load_words, ptx, scalar, u32
 
 Expr = Any
-AHEAD = 12
+AHEAD = 10
 """Splits whose partial results a thread asks for at a time."""
 VECTOR = 4
 """Neighbouring dims that a thread merges."""
@@ -39,46 +39,94 @@ class Partials:
                 T.buffer_store(self.scales, values[1 + k], [*where, row, k])
 
     def merge(
-        self, stream: Expr, parts: Expr, thread: Expr, threads: int, store: Callable[[Expr, Expr, Expr], None]
+        self,
+        stream: Expr,
+        parts: Expr,
+        thread: tuple[Expr, int],
+        shared: Any,
+        store: Callable[[Expr, Expr, Expr], None],
     ) -> None:
-        """Merge a stream's parts: ``store(row, dim, value)``, 0 where nothing was attended to."""
-        items = self.rows * self.head_dim // VECTOR
-        with T.serial(0, -(-items // threads)) as turn:
-            item = turn * threads + thread
-            with T.If(item < items), T.Then():
-                row = scalar(item // (self.head_dim // VECTOR))
-                dim = scalar(item % (self.head_dim // VECTOR) * VECTOR)
-                self._merge_few(stream, parts, (row, dim), store)
+        """Merge a stream's parts: ``store(row, dim, value)``, 0 where nothing was attended to.
 
-    def _merge_few(self, stream: Expr, parts: Expr, where: tuple[Expr, Expr], store: Any) -> None:
-        """Merge ``VECTOR`` neighbouring dims of a row."""
-        row, dim = where
-        reference, total, values = Registers(1, "float32"), Registers(1, "float32"), Registers(VECTOR, "float32")
-        reference[0], total[0] = f32(MASKED), f32(0)
-        values.fill(f32(0))
-        with T.serial(0, (parts + (AHEAD - 1)) // AHEAD) as turn:
-            scales, sums = Registers(2 * AHEAD, "float32"), Registers(VECTOR * AHEAD, "float32")
-            for k in range(AHEAD):
-                part = scalar(tir.min(turn * AHEAD + k, parts - 1))
+        ``thread``: number and count. Threads that would have nothing to do take a share of the parts; ``shared`` is
+        overwritten from word 0 on (``words``).
+        """
+        index, threads = thread
+        items = self.rows * self.head_dim // VECTOR
+        shares = max(1, threads // items)
+        with T.serial(0, -(-items // threads)) as turn:
+            item, share = (turn * threads + index, i32(0)) if shares == 1 else (index % items, index // items)
+            row = scalar(item // (self.head_dim // VECTOR))
+            dim = scalar(item % (self.head_dim // VECTOR) * VECTOR)
+            sums = Registers(2 + VECTOR, "float32")
+            with T.If(tir.And(item < items, share < shares)), T.Then():
+                self._read(stream, parts, (row, dim), (share, shares), sums)
+            if shares > 1:
+                self._gather(sums, shared, (item, share), (items, shares))
+            with T.If(tir.And(item < items, share == 0)), T.Then():
+                for n in range(VECTOR):
+                    store(row, dim + n, normalized(sums[2 + n], sums[1]))
+
+    @staticmethod
+    def words(rows: int, head_dim: int, threads: int) -> int:
+        """Words of shared memory that ``merge`` takes."""
+        return threads * (2 + VECTOR) if threads * VECTOR > rows * head_dim else 0
+
+    def _read(
+        self, stream: Expr, parts: Expr, where: tuple[Expr, Expr], share: tuple[Expr, int], sums: Registers
+    ) -> None:
+        """Merge parts share, share + shares, … of ``VECTOR`` dims of a row: sums = reference, total, values."""
+        (row, dim), (first, step) = where, share
+        sums.fill(f32(0))
+        sums[0] = f32(MASKED)
+        with T.serial(0, (parts + (AHEAD * step - 1)) // (AHEAD * step)) as turn:
+            scales, values = Registers(2 * AHEAD, "float32"), Registers(VECTOR * AHEAD, "float32")
+            numbers = [scalar((turn * AHEAD + k) * step + first) for k in range(AHEAD)]
+            for k, number in enumerate(numbers):
+                part = scalar(tir.min(number, parts - 1))
                 # Past this multiprocessor's own cache, which may hold what an earlier launch left there.
                 load_words(scales, 2 * k, self.scales, [stream, part, row, 0], 2, "global.cg")
-                load_words(sums, VECTOR * k, self.sums, [stream, part, row, dim], VECTOR, "global.cg")
-            highest = reference[0]
+                load_words(values, VECTOR * k, self.sums, [stream, part, row, dim], VECTOR, "global.cg")
+            highest = sums[0]
             for k in range(AHEAD):
                 highest = tir.max(highest, scales[2 * k])
             highest = scalar(highest)
-            decay = scalar(tir.exp2(reference[0] - highest))
-            reference[0], total[0] = highest, total[0] * decay
-            for n in range(VECTOR):
-                values[n] = values[n] * decay
-            for k in range(AHEAD):
-                there = turn * AHEAD + k < parts
-                share = scalar(tir.Select(there, tir.exp2(scales[2 * k] - highest), f32(0)))
-                total[0] = total[0] + share * scales[2 * k + 1]
+            _shrink(sums, highest)
+            for k, number in enumerate(numbers):
+                weight = scalar(tir.Select(number < parts, tir.exp2(scales[2 * k] - highest), f32(0)))
+                sums[1] = sums[1] + weight * scales[2 * k + 1]
                 for n in range(VECTOR):
-                    values[n] = values[n] + share * sums[VECTOR * k + n]
-        for n in range(VECTOR):
-            store(row, dim + n, normalized(values[n], total[0]))
+                    sums[2 + n] = sums[2 + n] + weight * values[VECTOR * k + n]
+
+    @staticmethod
+    def _gather(sums: Registers, shared: Any, where: tuple[Expr, Expr], counts: tuple[int, int]) -> None:
+        """Add up the shares of the parts, in the threads of the first one."""
+        (item, share), (items, shares) = where, counts
+
+        def at(share: Expr, n: int) -> Expr:
+            return (n * shares + share) * items + item
+
+        with T.If(tir.And(share > 0, share < shares)), T.Then():
+            for n in range(sums.count):
+                T.buffer_store(shared, bits_of(sums[n]), [at(share, n)])
+        block_sync()
+        with T.If(share == 0), T.Then():
+            for other in range(1, shares):
+                reference = float_of(shared[at(other, 0)])
+                highest = scalar(tir.max(sums[0], reference))
+                weight = scalar(tir.exp2(reference - highest))
+                _shrink(sums, highest)
+                for n in range(1, sums.count):
+                    sums[n] = sums[n] + weight * float_of(shared[at(other, n)])
+        block_sync()
+
+
+def _shrink(sums: Registers, reference: Expr) -> None:
+    """Let sums (reference, total, values) stand off another reference."""
+    decay = scalar(tir.exp2(sums[0] - reference))
+    sums[0] = reference
+    for n in range(1, sums.count):
+        sums[n] = sums[n] * decay
 
 
 def normalized(value: Expr, total: Expr) -> Expr:

@@ -195,8 +195,11 @@ class WarpAttention:
             decay = exp2(self.peak[row] - peak)
             self.peak[row] = peak
             self.total[row] = self.total[row] * decay
-            for at in self.output_places(row):
-                self.output[at] = self.output[at] * decay
+            self._lower(row, decay)
+
+    def _lower(self, row: int, decay: Expr) -> None:
+        for at in self.output_places(row):
+            self.output[at] = self.output[at] * decay
 
     def output_places(self, row: int) -> list[int]:
         """Where the lane's outputs of a row stand, dims 2t and 2t + 1 of each block of eight."""
@@ -212,7 +215,7 @@ class WarpAttention:
         load(values, 0, 0, 0)
         for number, (tokens, dims) in enumerate(steps):
             if dims == 0:
-                self._round_weights(weights, tokens)
+                self.round_weights(weights, tokens)
             if number + 1 < len(steps):
                 load(values, 4 * ((number + 1) % 2), *steps[number + 1])
             for tile in range(self.row_tiles):
@@ -221,8 +224,8 @@ class WarpAttention:
                     b = [values[4 * (number % 2) + 2 * block + k] for k in range(2)]
                     mma_half(self.output, (tile * self.head_dim // 8 + 2 * dims + block) * 4, a, b)
 
-    def _round_weights(self, weights: Registers, tokens: int) -> None:
-        """The weights of 16 tokens as left operands: the blocks of an accumulator stand as those of an operand do."""
+    def round_weights(self, weights: Registers, tokens: int) -> None:
+        """Make the weights of 16 tokens left operands: an accumulator's blocks stand as an operand's do."""
         for tile in range(self.row_tiles):
             for k in range(4):
                 at = self.score(tile, 2 * tokens + k // 2, k % 2 * 2)

@@ -7,7 +7,7 @@ softmax scale or to the weights. These float16 are exact: a gain's product with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,17 +65,24 @@ class LazyWords:
         self._known |= {first + k: words[k] for k in range(count)}
 
 
-@dataclass(frozen=True)
-class ByteGrid:
-    """A table of bytes as ``CodeFragments`` reads a codebook's: grid points + 128."""
+def grid_points(grid: NDArray[Any]) -> list[int]:
+    """A codebook's grid as Python numbers."""
+    return [int(point) for point in grid]
 
-    bits: int
-    points: tuple[int, ...]
 
-    @property
-    def grid(self) -> NDArray[np.int8]:
-        """int8 bit patterns [2^bits]."""
-        return (np.array(self.points) + 128).astype(np.uint8).view(np.int8)
+def byte_table(points: Sequence[int]) -> list[Expr]:
+    """Grid points + 128 as words of four bytes, in the order of the codes."""
+    padded = np.resize((np.array(points) + 128).astype(np.uint8), max(4, len(points)))
+    return [u32(int(word)) for word in padded.view("<u4")]
+
+
+class ByteFragments(CodeFragments):
+    """Looks codes of up to 4 bits up in a table of grid points + 128."""
+
+    def __init__(self, words: LazyWords, points: Sequence[int], head_dim: int) -> None:
+        self.words, self.bits, self.groups = words, len(points).bit_length() - 1, head_dim // 8
+        self._table = byte_table(points)
+        self._known: dict[int, tuple[Expr, Expr]] = {}
 
 
 Group = Callable[[int], list[Expr]]
@@ -126,11 +133,11 @@ def gain_row(gains: int, sixteen: int) -> int:
     return 16 * sixteen // LINEAR_BLOCK if gains > 1 else 0
 
 
-class Nibbles(CodeFragments):
+class Nibbles(ByteFragments):
     """The codes themselves, of up to 3 bits."""
 
     def __init__(self, words: LazyWords, bits: int, head_dim: int) -> None:
-        super().__init__(words, ByteGrid(bits, tuple(range(2**bits))), head_dim)
+        super().__init__(words, range(2**bits), head_dim)
         self._words: dict[int, Expr] = {}
 
     def group(self, number: int) -> Expr:

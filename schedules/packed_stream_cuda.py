@@ -15,6 +15,7 @@ from .cuda_ops import Registers, f32, float_of, half2, i32, load_words, scalar, 
 from .decode_scores_cuda import HalfScores, IntegerScores
 from .decode_softmax_cuda import HIDDEN, Weights
 from .decode_values_cuda import HalfValues, IntegerValues
+from .linear_halves_cuda import LinearKeys, LinearValues
 from .tile_ring_cuda import TileRing
 
 Expr = Any
@@ -43,7 +44,7 @@ class PackedStream:
         self.layout, self.policy, self.ring = layout, policy, ring
         self.head_dim = layout.head_dim
         shared, lane = ring.shared, ring.lane
-        key, value = codecs
+        self.codecs = key, value = codecs
         self.keys: Any = IntegerScores(key, shared, lane) if integer(key) else HalfScores(self.head_dim)
         self.values: Any = IntegerValues(value, shared, lane, narrow) if integer(value) else HalfValues(self.head_dim)
         self.weights = Weights(self.values)
@@ -91,12 +92,30 @@ class PackedStream:
     def _scores(self, start: Expr) -> Registers:
         if not isinstance(self.keys, HalfScores):
             return self.keys.tile(start + self.word("k_codes"), start + self.word("k_gains"))
-        scores, codes, steps = Registers(8, "float32"), start + self.word("k_codes"), self.head_dim // 16
-        chunks = _Chunks(self.ring.shared, codes, self.ring.lane)
+        fragment = self._key_halves(start)
+        scores = Registers(8, "float32")
         for i in range(4):
-            pair = self.keys.octet(lambda step, i=i: chunks.words(2 * (i * steps + step), 2))
+            pair = self.keys.octet(lambda step, i=i: fragment(i, step))
             scores[2 * i], scores[2 * i + 1] = pair
         return scores
+
+    def _key_halves(self, start: Expr) -> Any:
+        """(i, step) -> elements 16·step + 4t + 0 … 3 of the tile's token 8i + g, as two words of float16."""
+        codes, steps = start + self.word("k_codes"), self.head_dim // 16
+        if self.codecs[0].format.codebook == "linear":
+            words = codes, start + self.word("k_gains")
+            return LinearKeys(self.codecs[0], self.ring.shared, words, self.ring.lane).fragment
+        chunks = _Chunks(self.ring.shared, codes, self.ring.lane)
+        return lambda i, step: chunks.words(2 * (i * steps + step), 2)
+
+    def _value_halves(self, start: Expr) -> Any:
+        """(j, half, x, pair) -> dim 16j + 8·half + g of tokens 16x + 8·pair + 2t and the next, as a word of float16."""
+        codes = start + self.word("v_codes")
+        if self.codecs[1].format.codebook == "linear":
+            words = codes, start + self.word("v_gains")
+            return LinearValues(self.codecs[1], self.ring.shared, words, self.ring.lane).fragment
+        chunks = _Chunks(self.ring.shared, codes, self.ring.lane)
+        return lambda j, half, x, pair: chunks.words(4 * (2 * j + x) + 2 * half + pair, 1)[0]
 
     def _gains(self, start: Expr) -> Registers | None:
         """The gains of the lane's eight values, element 2i + u."""
@@ -121,7 +140,7 @@ class PackedStream:
                 gains[k] = tir.Select(seen, gains[k], f32(0))
 
     def _add_halves(self, start: Expr, weights: Registers, edge: Expr, tile: Expr, share: Share) -> None:
-        chunks = _Chunks(self.ring.shared, start + self.word("v_codes"), self.ring.lane)
+        value = self._value_halves(start)
         t = self.ring.lane % 4
         masks = Registers(4)
         masks.fill(u32(0xFFFFFFFF))
@@ -132,8 +151,7 @@ class PackedStream:
                 masks[at] = tir.Select(low, u32(0xFFFF), u32(0)) | tir.Select(high, u32(0xFFFF0000), u32(0))
 
         def fragment(j: int, half: int, x: int, pair: int) -> Expr:
-            group = 2 * j + x
-            return chunks.words(4 * group + 2 * half + pair, 1)[0] & masks[2 * x + pair]
+            return value(j, half, x, pair) & masks[2 * x + pair]
 
         self.values.add(fragment, weights)
 

@@ -1,6 +1,7 @@
-"""The 16-bit segments of a cache in decode attention, on CUDA: sinks and ring, 32 rows at a time, from global memory.
+"""The 16-bit segments of a cache in decode attention, on CUDA: sinks and ring, a few rows at a time.
 
-Rows are few, so they need no ring of copies in shared memory; a thread block of its own takes them.
+Rows are few, so they need no ring of copies in shared memory: a thread block of its own reads them from global memory,
+each warp 16 at a time, which for a usual window is once.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from .decode_values_cuda import HalfValues
 Expr = Any
 
 
+ROWS = 16
+"""Rows that a warp takes at a time."""
+
+
 class PlainRows:
     """Streams the rows of one (sequence, kv head) through ``keys`` and ``weights``."""
 
     def __init__(self, plain: Any, where: tuple[Expr, Expr], policy: CachePolicy, head_dim: int) -> None:
         self.plain, self.where, self.policy, self.head_dim = plain, where, policy, head_dim
         self.keys, self.values = HalfScores(head_dim), HalfValues(head_dim)
-        self.weights = Weights(self.values)
+        self.weights = Weights(self.values, ROWS // 4)
 
     def stream(self, lane: Expr, warp: Expr, warps: int, bounds: tuple[Expr, Expr, Expr]) -> None:
         """Take the rows whose positions are in ``bounds`` = (oldest, packed, stored): see ``ops.segments``."""
@@ -35,15 +40,15 @@ class PlainRows:
         self.weights.start()
         held = scalar(tir.min(stored, i32(sinks)))
         first = scalar(tir.max(packed, oldest - sinks))
-        sink_turns = -(-sinks // 32)
+        sink_turns = -(-sinks // ROWS)
         ring_turns = tir.if_then_else(
-            stored - sinks > first, (stored - sinks + 31) // 32 - first // 32, i32(0)
+            stored - sinks > first, (stored - sinks + (ROWS - 1)) // ROWS - first // ROWS, i32(0)
         )
         turns = scalar(ring_turns + sink_turns if self.policy.ring else i32(sink_turns))
         with T.serial(0, (turns - warp + (warps - 1)) // warps) as turn:
             number = scalar(warp + turn * warps)
             in_sinks = number < sink_turns
-            base = scalar(tir.if_then_else(in_sinks, number * 32, (first // 32 + number - sink_turns) * 32))
+            base = scalar(tir.if_then_else(in_sinks, number * ROWS, (first // ROWS + number - sink_turns) * ROWS))
             low = scalar(tir.if_then_else(in_sinks, oldest, first))
             high = scalar(tir.if_then_else(in_sinks, held, stored - sinks))
 
@@ -60,31 +65,45 @@ class PlainRows:
 
     def _take(self, lane: Expr, slot: Any, attended: Any) -> None:
         g, t = scalar(lane // 4), scalar(lane % 4)
-        scores = Registers(8, "float32")
-        for i in range(4):
-            row = slot(8 * i + g)
-            pair = self.keys.octet(lambda step, row=row: self._load(0, row, 16 * step + 4 * t, 2))
+        keys = [self._keys(slot(8 * i + g), t) for i in range(ROWS // 8)]
+        values = self._values([slot(8 * pair + 2 * t + u) for pair in range(2) for u in range(2)], g)
+        scores = Registers(ROWS // 4, "float32")
+        for i, key in enumerate(keys):
+            pair = self.keys.octet(lambda step, key=key: key[step])
             for u in range(2):
                 scores[2 * i + u] = tir.Select(attended(8 * i + 2 * t + u), pair[u], tir.const(HIDDEN, "float32"))
         weights = self.weights.take(scores, None, lane)
-        rows = [slot(16 * x + 8 * pair + 2 * t + u) for x in range(2) for pair in range(2) for u in range(2)]
-        loaded: dict[int, list[list[Expr]]] = {}
 
         def fragment(j: int, half: int, x: int, pair: int) -> Expr:
-            chunk = j // 2
-            wide = 32 * chunk + 32 <= self.head_dim
-            if chunk not in loaded:
-                start = 32 * chunk + (4 if wide else 2) * g
-                loaded[chunk] = [self._load(1, row, start, 2 if wide else 1) for row in rows]
-            two = [loaded[chunk][4 * x + 2 * pair + u][j % 2 if wide else 0] for u in range(2)]
+            del x
+            chunk, wide = self._chunk(j)
+            two = [values[chunk][2 * pair + u][j % 2 if wide else 0] for u in range(2)]
             return prmt(*two, u32(0x7632 if half else 0x5410))
 
         self.values.add(fragment, weights)
 
+    def _keys(self, row: Expr, t: Expr) -> list[list[Expr]]:
+        """The lane's elements of a key: for each step, 16·step + 4t + 0 … 3 as two words."""
+        return [self._load(0, row, 16 * step + 4 * t, 2) for step in range(self.head_dim // 16)]
+
+    def _values(self, rows: list[Expr], g: Expr) -> list[list[list[Expr]]]:
+        """Of each chunk of 32 dims (16 at an odd end) and each row, the lane's 4 (2) neighbouring elements."""
+        chunks = []
+        for chunk in range(-(-self.head_dim // 32)):
+            wide = 32 * chunk + 32 <= self.head_dim
+            start = 32 * chunk + (4 if wide else 2) * g
+            chunks.append([self._load(1, row, start, 2 if wide else 1) for row in rows])
+        return chunks
+
+    def _chunk(self, j: int) -> tuple[int, bool]:
+        """The chunk that block j of 16 dims lies in, and whether it is a whole one."""
+        return j // 2, 32 * (j // 2) + 32 <= self.head_dim
+
     def place(self, lane: Expr, j: int, half: int) -> Expr:
         """The dim that the lane's half of block j is."""
-        if 32 * (j // 2) + 32 <= self.head_dim:
-            return 32 * (j // 2) + 4 * (lane // 4) + 2 * (j % 2) + half
+        chunk, wide = self._chunk(j)
+        if wide:
+            return 32 * chunk + 4 * (lane // 4) + 2 * (j % 2) + half
         return 16 * j + 2 * (lane // 4) + half
 
     def _load(self, role: int, row: Expr, dim: Expr, words: int) -> list[Expr]:

@@ -55,9 +55,14 @@ class PrefillTiling:
         return self.tokens * self.pitch
 
     @property
+    def stages_start(self) -> int:
+        """The element of shared memory where the stages begin: after the queries."""
+        return self.rows * self.pitch
+
+    @property
     def raw_start(self) -> int:
-        """The element of shared memory where packed tiles are copied to."""
-        return self.rows * self.pitch + 2 * self.stages * self.role_size
+        """The element of shared memory where packed tiles are copied to: after the first stage, in others' place."""
+        return self.stages_start + 2 * self.role_size
 
     @property
     def centre_start(self) -> int:
@@ -67,7 +72,8 @@ class PrefillTiling:
     @property
     def table_start(self) -> int:
         """The element of shared memory where the tables are."""
-        return self.centre_start + self.tokens // TOKENS * self.centre_bytes // 2
+        packed = self.centre_start + self.tokens // TOKENS * self.centre_bytes // 2
+        return max(packed, self.stages_start + 2 * self.stages * self.role_size)
 
     @property
     def size(self) -> int:

@@ -12,18 +12,12 @@ from rotquant_tvm.ops.codec_shape import CodecShape
 from rotquant_tvm.ops.site_shape import OP_ATTR
 from rotquant_tvm.ops.vector_code import rotation_size
 
-from .cuda_ops import WARP
 from .format_core_cuda import format_core
 from .knobs import chosen_knobs
-from .vector_rows_cuda import RowLoop
+from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {
-    "elements": (4, 8, 16),
-    "rows": (1, 2, 4),
-    "warps": (2, 4, 8),
-    "blocks": (264, 528, 1056, 2112),
-}
-"""Elements per lane and vector; vectors per lane and step; warps per block; blocks at most."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **ROW_KNOBS}
+"""Elements per lane and vector, and the loop over rows."""
 
 
 def quantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
@@ -33,7 +27,7 @@ def quantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc 
 
 
 def build(
-    shape: CodecShape, _target: Target, *, elements: int = 8, rows: int = 1, warps: int = 4, blocks: int = 1056
+    shape: CodecShape, target: Target, *, elements: int = 8, **loop_knobs: int
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.quantize``; None if there is none. For knobs see ``KNOBS``."""
     core = format_core(shape, elements, codes=True)
@@ -41,7 +35,7 @@ def build(
         return None
     lanes, head_dim, size = core.lanes, shape.head_dim, rotation_size(shape.structure, shape.head_dim)
     n = tir.Var("n", "int64")
-    loop = RowLoop(n, groups=lanes.groups, rows=rows, warps=warps, blocks=blocks)
+    loop = RowLoop(n, lanes.groups, target, **loop_knobs)
     with IRBuilder() as builder, T.prim_func(s_tir=False):
         T.func_name("quantize")
         T.func_attr({OP_ATTR: "quantize", "tirx.noalias": True})
@@ -49,11 +43,17 @@ def build(
         rotation = T.arg("rotation", T.buffer((size,), "float32"))
         codes = T.arg("codes", T.buffer((n, head_dim), shape.code_dtype))
         gain = T.arg("gain", T.buffer((n, shape.gain_columns), "float16"))
-        with T.launch_thread("blockIdx.x", loop.grid) as block, T.launch_thread("threadIdx.x", WARP * warps) as thread:
+        block_axis, thread_axis = loop.axes()
+        with block_axis as block, thread_axis as thread:
             core.place(thread)
-            raw = [lanes.raw() for _ in range(rows)]
-            loop.start(block, thread, core.group, lambda k, row: lanes.load(raw[k], x, [row], core.lane))
-            core.load(rotation, thread, warps)
+            raw = [lanes.raw() for _ in range(loop.rows)]
+            loop.start(
+                block,
+                thread,
+                core.group,
+                lambda k, row: lanes.load(raw[k], x, [row], core.lane, loop.read),
+                lambda: core.load(rotation, thread, loop.warps),
+            )
 
             def work() -> None:
                 vectors = [lanes.unpack(words) for words in raw]

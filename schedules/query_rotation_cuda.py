@@ -8,7 +8,7 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from .cuda_ops import Registers, bits_of, block_sync, f32, float_of, scalar
+from .cuda_ops import Registers, bits_of, block_sync, f32, float_of, load_words, scalar
 
 Expr = Any
 Structure = Sequence[tuple[int, int]]
@@ -57,15 +57,31 @@ class SharedRows:
 
     def rotate(self, structure: Structure, coefficients: Any) -> None:
         """Apply the layers of a rotation (``Rotation.structure`` and ``.data``) to every row; ends with a barrier."""
+        ahead = self._coefficients(structure, coefficients) if self.threads % self.head_dim == 0 else None
         block_sync()
         offset = 0
-        for block, stride in structure:
-            self._layer(block, stride, coefficients, offset)
+        for number, (block, stride) in enumerate(structure):
+            self._layer(block, stride, coefficients, offset, ahead[number] if ahead else None)
             self.now = 1 - self.now
             block_sync()
             offset += block * self.head_dim
 
-    def _layer(self, block: int, stride: int, coefficients: Any, offset: int) -> None:
+    def _coefficients(self, structure: Structure, coefficients: Any) -> list[Registers]:
+        """All layers' coefficients of the thread's dim, the same in every row: one wait for memory, not many."""
+        layers, offset = [], 0
+        dim = scalar(self.thread % self.head_dim)
+        for block, _ in structure:
+            held = Registers(block, "float32")
+            if block in (2, 4):
+                load_words(held, 0, coefficients, [offset + dim * block], block, "global.nc")
+            else:
+                for k in range(block):
+                    held[k] = coefficients[offset + dim * block + k]
+            layers.append(held)
+            offset += block * self.head_dim
+        return layers
+
+    def _layer(self, block: int, stride: int, coefficients: Any, offset: int, ahead: Registers | None) -> None:
         def body(row: Expr, dim: Expr) -> None:
             if stride == 1:
                 base = tir.min(dim // block * block, self.head_dim - block)
@@ -74,7 +90,8 @@ class SharedRows:
             total = Registers(1, "float32")
             total[0] = f32(0)
             for k in range(block):
-                total[0] = total[0] + coefficients[offset + dim * block + k] * self.get(row, base + k * stride)
+                factor = coefficients[offset + dim * block + k] if ahead is None else ahead[k]
+                total[0] = total[0] + factor * self.get(row, base + k * stride)
             T.buffer_store(self.shared, bits_of(total[0]), [self.at(row, dim, 1 - self.now)])
 
         self.each(body)

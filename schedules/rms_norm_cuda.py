@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tvm.tirx as tir
 from tvm.script.ir_builder import IRBuilder
+from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from .cuda_ops import WARP, Registers, across, block_sync, f32, half2, load_words, pack_half2, scalar, store_words
+from .dependent_launch_cuda import let_next_start, starts_early, wait_for_inputs
 
 LANE_VALUES = 8
 """Values of one access of 16 bytes."""
@@ -18,7 +20,7 @@ def takes_features(features: int) -> bool:
     return features % LANE_VALUES == 0
 
 
-def rms_norm(features: int, epsilon: float, leading: int) -> tir.PrimFunc:
+def rms_norm(features: int, epsilon: float, leading: int, target: Target) -> tir.PrimFunc:
     """Build ``rms_norm(x, weight, y)``: x and y float16 [..., features] with ``leading`` symbolic sizes before.
 
     Sums and products are float32; x / rms(x) is rounded to float16 before it is multiplied by the weight, as the
@@ -37,13 +39,13 @@ def rms_norm(features: int, epsilon: float, leading: int) -> tir.PrimFunc:
             rows = rows * size
         flat = [T.decl_buffer((rows, features), "float16", data=each.data) for each in (x, y)]
         with T.launch_thread("blockIdx.x", rows) as row, T.launch_thread("threadIdx.x", threads) as thread:
-            _row((flat[0], weight, flat[1]), row, scalar(thread.astype("int32")), (parts, threads, epsilon))
+            thread = scalar(thread.astype("int32"))
+            _row((flat[0], weight, flat[1]), (row, thread), (parts, threads, epsilon), starts_early(target))
     return builder.get()
 
 
-def _row(buffers: tuple, row, thread, sizes: tuple[int, int, float]) -> None:
-    x, weight, y = buffers
-    parts, threads, epsilon = sizes
+def _row(buffers: tuple, place: tuple, sizes: tuple[int, int, float], early: bool) -> None:
+    (x, weight, y), (row, thread), (parts, threads, epsilon) = buffers, place, sizes
     turns = -(-parts // threads)
     values, factors = Registers(4 * turns), Registers(4 * turns)
     total = Registers(1, "float32")
@@ -57,12 +59,14 @@ def _row(buffers: tuple, row, thread, sizes: tuple[int, int, float]) -> None:
             with T.If(part < parts), T.Then():
                 body(part)
 
-    for turn in range(turns):
-        each_part(turn, lambda part, at=4 * turn: load_words(values, at, x, (row, part * LANE_VALUES), 4, "global"))
+    let_next_start(early)
     for turn in range(turns):
         each_part(
             turn, lambda part, at=4 * turn: load_words(factors, at, weight, (part * LANE_VALUES,), 4, "global.nc")
         )
+    wait_for_inputs(early)
+    for turn in range(turns):
+        each_part(turn, lambda part, at=4 * turn: load_words(values, at, x, (row, part * LANE_VALUES), 4, "global"))
     total[0] = f32(0)
     for word in values:
         for value in half2(word):

@@ -14,16 +14,11 @@ from rotquant_tvm.ops.site_shape import OP_ATTR
 from .cuda_ops import WARP, block_sync, scalar
 from .held_rotation_cuda import HeldRotation
 from .knobs import chosen_knobs
-from .vector_lanes_cuda import VectorLanes
-from .vector_rows_cuda import RowLoop
+from .vector_lanes_cuda import ITEM_BYTES, VectorLanes
+from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {
-    "elements": (4, 8, 16),
-    "rows": (1, 2, 4),
-    "warps": (1, 2, 4),
-    "blocks": (264, 528, 1056, 2112),
-}
-"""Elements per lane and vector; vectors per lane and step; warps per block; blocks at most."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **ROW_KNOBS}
+"""Elements per lane and vector, and the loop over rows."""
 
 
 def rotate_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
@@ -33,15 +28,17 @@ def rotate_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | 
 
 
 def build(
-    shape: RotationShape, _target: Target, *, elements: int = 8, rows: int = 1, warps: int = 2, blocks: int = 1056
+    shape: RotationShape, target: Target, *, elements: int = 8, **loop_knobs: int
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.rotate``; None if there is none. For knobs see ``KNOBS``."""
+    if shape.dtype not in ITEM_BYTES:
+        return None
     lanes = VectorLanes.choose(shape.head_dim, shape.dtype, elements)
     if not HeldRotation.possible(lanes, shape.structure):
         return None
     held, head_dim = HeldRotation(lanes, shape.structure), shape.head_dim
     sizes = [tir.Var(f"n{i}", "int64") for i in range(3)]
-    loop = RowLoop(sizes[0] * sizes[1] * sizes[2], groups=lanes.groups, rows=rows, warps=warps, blocks=blocks)
+    loop = RowLoop(sizes[0] * sizes[1] * sizes[2], lanes.groups, target, **loop_knobs)
     zero = tir.const(0, "int64")
     with IRBuilder() as builder, T.prim_func(s_tir=False):
         T.func_name("rotate")
@@ -49,13 +46,20 @@ def build(
         x = T.arg("x", T.buffer((*sizes, head_dim), shape.dtype))
         coefficients = T.arg("coefficients", T.buffer((shape.coefficients,), "float32"))
         y = T.arg("y", T.buffer((*sizes, head_dim), shape.dtype))
-        with T.launch_thread("blockIdx.x", loop.grid) as block, T.launch_thread("threadIdx.x", WARP * warps) as thread:
-            lane, group = scalar(thread % lanes.lanes), scalar(thread % WARP // lanes.lanes)
-            raw = [lanes.raw() for _ in range(rows)]
-            loop.start(block, thread, group, lambda k, row: lanes.load(raw[k], x, [zero, zero, row], lane))
-            held.load(coefficients, lane, scalar(thread // WARP), scalar(thread % WARP), warps)
-            if held.uses_shared:
-                block_sync()
+        block_axis, thread_axis = loop.axes()
+        with block_axis as block, thread_axis as thread:
+            lane, group = lanes.place(thread)
+            raw = [lanes.raw() for _ in range(loop.rows)]
+
+            def load(k: int, row: tir.PrimExpr) -> None:
+                lanes.load(raw[k], x, [zero, zero, row], lane, loop.read)
+
+            def prepare() -> None:
+                held.load(coefficients, lane, scalar(thread // WARP), scalar(thread % WARP), loop.warps)
+                if held.uses_shared:
+                    block_sync()
+
+            loop.start(block, thread, group, load, prepare)
 
             def work() -> None:
                 vectors = [lanes.unpack(words) for words in raw]

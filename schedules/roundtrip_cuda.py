@@ -12,19 +12,12 @@ from rotquant_tvm.ops.codec_shape import CodecShape
 from rotquant_tvm.ops.site_shape import OP_ATTR
 from rotquant_tvm.ops.vector_code import rotation_size
 
-from .cuda_ops import WARP
 from .format_core_cuda import format_core
 from .knobs import chosen_knobs
-from .vector_rows_cuda import RowLoop
+from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {
-    "elements": (4, 8, 16),
-    "rows": (1, 2, 4),
-    "warps": (2, 4, 8),
-    "blocks": (264, 528, 1056, 2112),
-    "table": (0, 1),
-}
-"""Elements per lane and vector; vectors per lane and step; warps per block; blocks at most; codes by a table."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "table": (0, 1), **ROW_KNOBS}
+"""Elements per lane and vector; codes by a table; and the loop over rows."""
 
 
 def roundtrip_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
@@ -34,14 +27,7 @@ def roundtrip_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc
 
 
 def build(
-    shape: CodecShape,
-    _target: Target,
-    *,
-    elements: int = 8,
-    rows: int = 1,
-    warps: int = 4,
-    blocks: int = 1056,
-    table: int | None = None,
+    shape: CodecShape, target: Target, *, elements: int = 8, table: int | None = None, **loop_knobs: int
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.roundtrip``; None if there is none. For knobs see ``KNOBS``."""
     core = format_core(shape, elements, codes=False, table=None if table is None else bool(table))
@@ -49,7 +35,7 @@ def build(
         return None
     lanes, head_dim, size = core.lanes, shape.head_dim, rotation_size(shape.structure, shape.head_dim)
     sizes = [tir.Var(f"n{i}", "int64") for i in range(3)]
-    loop = RowLoop(sizes[0] * sizes[1] * sizes[2], groups=lanes.groups, rows=rows, warps=warps, blocks=blocks)
+    loop = RowLoop(sizes[0] * sizes[1] * sizes[2], lanes.groups, target, **loop_knobs)
     zero = tir.const(0, "int64")
     with IRBuilder() as builder, T.prim_func(s_tir=False):
         T.func_name("roundtrip")
@@ -57,13 +43,17 @@ def build(
         x = T.arg("x", T.buffer((*sizes, head_dim), shape.dtype))
         rotation, inverse = (T.arg(name, T.buffer((size,), "float32")) for name in ("rotation", "inverse"))
         y = T.arg("y", T.buffer((*sizes, head_dim), shape.dtype))
-        with T.launch_thread("blockIdx.x", loop.grid) as block, T.launch_thread("threadIdx.x", WARP * warps) as thread:
+        block_axis, thread_axis = loop.axes()
+        with block_axis as block, thread_axis as thread:
             core.place(thread)
-            raw = [lanes.raw() for _ in range(rows)]
+            raw = [lanes.raw() for _ in range(loop.rows)]
             loop.start(
-                block, thread, core.group, lambda k, row: lanes.load(raw[k], x, [zero, zero, row], core.lane)
+                block,
+                thread,
+                core.group,
+                lambda k, row: lanes.load(raw[k], x, [zero, zero, row], core.lane, loop.read),
+                lambda: core.load(rotation, thread, loop.warps, inverse),
             )
-            core.load(rotation, thread, warps, inverse)
 
             def work() -> None:
                 vectors = [lanes.unpack(words) for words in raw]

@@ -6,7 +6,7 @@ ring), then the chunk's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,41 @@ class KeptRows:
 
 
 @dataclass(frozen=True)
+class RowSource:
+    """Rows of a sequence and head up to ``stop`` - 1; ``kept``: those of the cache, or None."""
+
+    chunk: tuple[Any, Any]
+    where: tuple[Expr, Expr]
+    kept: KeptRows | None
+    stop: Expr
+
+    def copy(self, shared: Any, at: Expr, role: int, row: Expr, dim: Expr) -> None:
+        """Start copying dims ``dim`` … + 7 of a row of K or V to element ``at`` of shared memory; 0 from ``stop`` on."""
+        if self.kept is None:
+            copy_ahead(shared, at, self.chunk[role], [*self.where, row, dim], row < self.stop)
+            return
+        with T.If(row < self.kept.count):
+            with T.Then():
+                copy_ahead(shared, at, self.kept.plain, [*self.where, role, self.kept.slot(row), dim])
+            with T.Else():
+                index = [*self.where, row - self.kept.count, dim]
+                copy_ahead(shared, at, self.chunk[role], index, row < self.stop)
+
+
+def share_out(count: int, thread: Expr, threads: int) -> Iterator[Expr]:
+    """Numbers below ``count``, this thread's; what is emitted for one runs if there is one."""
+    for step in range(-(-count // threads)):
+        number = thread + step * threads
+        if (step + 1) * threads <= count:
+            yield number
+        else:
+            with T.If(number < count), T.Then():
+                yield number
+
+
+@dataclass(frozen=True)
 class RowStream:
-    """Rows ``begin`` … ``stop`` - 1 of a sequence and head in stages; a stage is copied in two halves, keys first.
+    """Rows from ``begin`` on in stages; a stage is copied in two halves, keys first.
 
     Each half is asked for when the one that stood in its place has been used by all warps: ``keys_ready`` and
     ``values_ready`` wait for a half of stage ``number`` and start the copies of a later one.
@@ -68,21 +101,13 @@ class RowStream:
     tiling: PrefillTiling
     shared: Any
     thread: Expr
-    chunk: tuple[Any, Any]
-    where: tuple[Expr, Expr]
-    kept: KeptRows | None
+    source: RowSource
     begin: Expr
-    stop: Expr
-
-    @property
-    def first(self) -> int:
-        """The element of shared memory where the stages begin."""
-        return self.tiling.rows * self.tiling.pitch
 
     @property
     def count(self) -> Expr:
         """How many stages there are."""
-        return tir.max(self.stop - self.begin + (self.tiling.tokens - 1), 0) // self.tiling.tokens
+        return tir.max(self.source.stop - self.begin + (self.tiling.tokens - 1), 0) // self.tiling.tokens
 
     def offset(self, number: Expr) -> Expr:
         """From the first stage's place to that of stage ``number``."""
@@ -108,27 +133,10 @@ class RowStream:
     def _copy(self, role: int, number: Expr) -> None:
         tiling = self.tiling
         units = tiling.head_dim // 8
-        at = self.first + role * tiling.role_size + self.offset(number)
+        at = tiling.stages_start + role * tiling.role_size + self.offset(number)
         first = self.begin + number * tiling.tokens
-        with T.If(first < self.stop), T.Then():
-            for step in range(-(-tiling.tokens * units // tiling.threads)):
-                unit = self.thread + step * tiling.threads
+        with T.If(first < self.source.stop), T.Then():
+            for unit in share_out(tiling.tokens * units, self.thread, tiling.threads):
                 row, part = unit // units, unit % units
-                if (step + 1) * tiling.threads <= tiling.tokens * units:
-                    self._copy_unit(role, at + row * tiling.pitch + part * 8, first + row, part * 8)
-                else:
-                    with T.If(row < tiling.tokens), T.Then():
-                        self._copy_unit(role, at + row * tiling.pitch + part * 8, first + row, part * 8)
+                self.source.copy(self.shared, at + row * tiling.pitch + part * 8, role, first + row, part * 8)
         commit_copies()
-
-    def _copy_unit(self, role: int, at: Expr, row: Expr, dim: Expr) -> None:
-        if self.kept is None:
-            copy_ahead(self.shared, at, self.chunk[role], [*self.where, row, dim], row < self.stop)
-            return
-        with T.If(row < self.kept.count):
-            with T.Then():
-                index = [*self.where, role, self.kept.slot(row), dim]
-                copy_ahead(self.shared, at, self.kept.plain, index)
-            with T.Else():
-                index = [*self.where, row - self.kept.count, dim]
-                copy_ahead(self.shared, at, self.chunk[role], index, row < self.stop)

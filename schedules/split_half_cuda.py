@@ -8,9 +8,18 @@ import numpy as np
 
 from rotquant_tvm.formats import SplitCodebook
 
-from .code_fragments_cuda import CHOOSE, grid_table
+from .code_fragments_cuda import CHOOSE
 from .cuda_ops import lop3, prmt, scalar, u32
-from .packed_half_cuda import ByteGrid, Group, Nibbles, PackedRole, expand_bytes, half_pair, spread_nibbles
+from .packed_half_cuda import (
+    Group,
+    Nibbles,
+    PackedRole,
+    byte_table,
+    expand_bytes,
+    grid_points,
+    half_pair,
+    spread_nibbles,
+)
 
 Expr = Any
 
@@ -20,9 +29,7 @@ def split_groups(book: SplitCodebook, tile: PackedRole) -> Group:
     blocks = tile.head_dim // 16
     codes = Nibbles(tile.words, book.bits, tile.head_dim)
     tops = Nibbles(tile.plane, 1, tile.head_dim // 2)
-    wide, narrow = (
-        grid_table(ByteGrid(half.bits, tuple(int(point) for point in half.grid))) for half in (book.wide, book.narrow)
-    )
+    wide, narrow = (byte_table(grid_points(half.grid)) for half in (book.wide, book.narrow))
     share = np.float16(float(book.narrow.scale) / float(book.wide.scale)).view(np.uint16)
     ratio = u32(int(share) * 0x10001)
 

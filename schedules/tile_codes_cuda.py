@@ -37,7 +37,8 @@ ELEMENTS = ((0, 0), (0, 1), (1, 0), (1, 1))
 @dataclass(frozen=True)
 class HalfTileCodes:
     """``groups``: a lane's words, in order (one to a group; two at 8 bits, four at 16). ``gains``: [row][slot] float16
-    bits as uint32, known to all lanes that share the token."""
+    bits as uint32, known to all lanes that share the token.
+    """
 
     groups: list[Expr]
     gains: list[list[Expr]]
@@ -58,7 +59,8 @@ def supported(codec: Codec) -> bool:
 
 def encode_half_tile(codec: Codec, order: Lane, y: Registers, guard: Guard | None) -> HalfTileCodes:
     """Quantize the values y[(k·2 + a)·4 + r·2 + u] of a lane (``Lane``), rotated already; all of them finite float16
-    values without a guard."""
+    values without a guard.
+    """
     kind = codec.format.codebook
     if kind == "lloyd":
         return _CodebookEncoder(codec, order, y).run(guard)
@@ -130,7 +132,7 @@ class _CodebookEncoder:
 
     def __init__(self, codec: Codec, order: Lane, y: Registers) -> None:
         book = codec.codebook
-        assert isinstance(book, Codebook)  # noqa: S101 (``supported`` holds)
+        assert isinstance(book, Codebook)
         self.codec, self.order, self.y, self.bits = codec, order, y, codec.format.bits
         levels = 1 << self.bits - 1
         boundaries = [-SCALE * float(b) for b in book.boundaries[levels:]]

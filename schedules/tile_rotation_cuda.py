@@ -21,11 +21,13 @@ from tvm.tirx.script.builder import ir as T
 from rotquant_tvm.formats import Codec
 from rotquant_tvm.formats.rotation import Structure, block_reads
 
-from .cuda_ops import WARP, Registers, f32, load_words, scalar, store_words, u32
+from .cuda_ops import WARP, Registers, f32, i32, load_words, scalar, store_words, u32
 from .tile_pack_cuda import Lane
 from .tile_rows_cuda import HalfTileRows, brain2, multiply, pack_brain2
 
 Expr = Any
+TOGETHER = 4
+"""Paths that a thread follows at a time."""
 
 
 def paths(structure: Structure, head_dim: int) -> NDArray[np.int64]:
@@ -85,13 +87,16 @@ class TileRotation:
         first_block, first_stride = self.structure[0]
         wide = first_block if first_stride == 1 and first_block in (2, 4) else 1
         leaves = self.head_dim * int(np.prod([block for block, _ in self.structure])) // wide
-        with T.serial(0, -(-leaves // threads)) as step:
-            leaf = scalar(step * threads + thread, "int32")
-            if leaves % threads == 0:
-                self._leaf(coefficients, leaf, wide)
-            else:
-                with T.If(leaf < leaves), T.Then():
-                    self._leaf(coefficients, leaf, wide)
+        rounds = -(-leaves // threads)
+        together = min(rounds, TOGETHER)
+        with T.serial(0, -(-rounds // together)) as step:
+            numbers = [scalar((step * together + n) * threads + thread, "int32") for n in range(together)]
+            # All their loads before any store, which they would wait for.
+            found = [self._follow(coefficients, tir.min(number, i32(leaves - 1)), wide) for number in numbers]
+            for number, (output, inputs, values) in zip(numbers, found, strict=True):
+                with T.If(number < leaves), T.Then():
+                    for first in range(0, wide, 2):
+                        self._store(output, inputs + first, values[first : first + 2])
 
     def clear(self, shared: Any, thread: Expr, threads: int) -> None:
         """Set the matrix to zero."""
@@ -100,8 +105,8 @@ class TileRotation:
             with T.If(at < self.words), T.Then():
                 store_words(shared, [at * 2], [u32(0)] * 4, "shared")
 
-    def _leaf(self, coefficients: Any, leaf: Expr, wide: int) -> None:
-        """Follow one path, or ``wide`` of them that differ in the first layer alone, from an output to its inputs."""
+    def _follow(self, coefficients: Any, leaf: Expr, wide: int) -> tuple[Expr, Expr, list[Expr]]:
+        """(output, first input, entries) of one path, or of ``wide`` of them that differ in the first layer alone."""
         offsets = np.cumsum([0, *(block * self.head_dim for block, _ in self.structure)])
         widths = [block for block, _ in self.structure]
         widths[0] //= wide
@@ -122,8 +127,7 @@ class TileRotation:
         load_words(factors, 0, coefficients, [row * block + digits[0] * wide], wide, "global.nc")
         inputs = scalar(self._base(row, block, stride) + digits[0] * (wide * stride), "int32")
         values = [factor if product is None else scalar(factor * product) for factor in factors]
-        for first in range(0, wide, 2):
-            self._store(output, inputs + first, values[first : first + 2])
+        return output, inputs, values
 
     def _base(self, row: Expr, block: int, stride: int) -> Expr:
         if stride > 1:

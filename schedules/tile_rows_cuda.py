@@ -15,8 +15,20 @@ from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.formats import HALF_MAX
 
-from .cuda_ops import WARP, Registers, bits_of, f32, float_of, half2, load_words, ptx, scalar, store_words, u32
-from .cuda_ops import warp_sync
+from .cuda_ops import (
+    WARP,
+    Registers,
+    bits_of,
+    f32,
+    float_of,
+    half2,
+    load_words,
+    ptx,
+    scalar,
+    store_words,
+    u32,
+    warp_sync,
+)
 
 Expr = Any
 ROWS = 16

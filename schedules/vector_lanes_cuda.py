@@ -42,11 +42,13 @@ from .cuda_ops import (
 Expr = Any
 ACCESS_BYTES = 16
 READ, WRITE = "global.nc", "global"
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""The dtypes that vectors may have."""
 
 
 @dataclass(frozen=True)
 class VectorLanes:
-    """The placement of vectors ``dtype`` (float16 or float32) [head_dim] over ``lanes`` lanes each."""
+    """The placement of vectors ``dtype`` (``ITEM_BYTES``) [head_dim] over ``lanes`` lanes each."""
 
     head_dim: int
     dtype: str
@@ -68,7 +70,7 @@ class VectorLanes:
     @property
     def access(self) -> int:
         """Elements to an access."""
-        return ACCESS_BYTES // np.dtype(self.dtype).itemsize
+        return ACCESS_BYTES // ITEM_BYTES[self.dtype]
 
     @property
     def chunks(self) -> int:
@@ -142,13 +144,19 @@ class VectorLanes:
         for word in range(raw.count):
             if self.dtype == "float32":
                 x[word] = float_of(raw[word])
-            else:
+            elif self.dtype == "float16":
                 x[2 * word], x[2 * word + 1] = half2(raw[word])
+            else:
+                x[2 * word] = float_of(raw[word] << u32(16))
+                x[2 * word + 1] = float_of(raw[word] & u32(0xFFFF0000))
         return x
 
     def store(self, x: Sequence[Expr], buffer: Any, index: Sequence[Expr], lane: Expr, how: str = WRITE) -> None:
         """Store a vector of float32 values in the dtype."""
-        words = list(x) if self.dtype == "float32" else [pack_half2(*x[k : k + 2]) for k in range(0, self.elements, 2)]
+        words = list(x)
+        if self.dtype != "float32":
+            pack = pack_half2 if self.dtype == "float16" else _pack_brain2
+            words = [pack(*x[k : k + 2]) for k in range(0, self.elements, 2)]
         for chunk in range(self.chunks):
             part = words[chunk * self.words : (chunk + 1) * self.words]
             at = [*index, self.dim(lane, chunk * self.access)]
@@ -201,8 +209,9 @@ class VectorLanes:
                 total[0] = value
 
         emit()
-        fine = [total[0] <= f32(HALF_MAX**2) for total in totals]
-        with T.If(any_lane(tir.Not(tir.all(*fine)))), T.Then():
+        # By their bits, which are ordered as positive numbers are, and those of NaN beyond.
+        largest = int(np.float32(HALF_MAX**2).view(np.uint32))
+        with T.If(any_lane(tir.any(*(bits_of(total[0]) > u32(largest) for total in totals)))), T.Then():
             for x in vectors:
                 for r in range(x.count):
                     x[r] = clip_to_half(x[r])
@@ -215,6 +224,13 @@ def clip_to_half(value: Expr) -> Expr:
     clipped = tir.max(tir.min(value, f32(HALF_MAX)), f32(-HALF_MAX))
     number = bits_of(value) & u32(0x7FFFFFFF) <= u32(0x7F800000)
     return tir.Select(number, clipped, f32(0))
+
+
+def _pack_brain2(low: Expr, high: Expr) -> Expr:
+    """Two float32 as a word of two bfloat16, ``low`` first."""
+    cell = Registers(1)
+    ptx("cvt.rn.bf16x2.f32", cell[0], high, low)
+    return cell[0]
 
 
 def _square_sum(x: Registers) -> Expr:

@@ -9,27 +9,63 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm.tirx as tir
+from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from .cuda_ops import WARP, Registers, scalar
+from .dependent_launch_cuda import let_next_start, starts_early, wait_for_inputs
 
 Expr = Any
+
+ROW_KNOBS: dict[str, tuple[int, ...]] = {
+    "rows": (1, 2, 4),
+    "warps": (2, 4, 8),
+    "blocks": (264, 528, 1056, 2112),
+    "early": (0, 1),
+}
+"""Vectors per lane and step; warps per block; blocks at most; whether to start early (``dependent_launch_cuda``)."""
+
 
 class RowLoop:
     """The rows of one warp: in a step, each lane works on ``rows`` vectors and the warp on ``groups`` times as many."""
 
-    def __init__(self, total: Expr, *, groups: int, rows: int, warps: int, blocks: int) -> None:
-        """``total``: how many rows there are (int64); ``blocks``: how many thread blocks of ``warps`` at most."""
+    def __init__(
+        self,
+        total: Expr,
+        groups: int,
+        target: Target,
+        *,
+        rows: int = 1,
+        warps: int = 4,
+        blocks: int = 1056,
+        early: int | None = None,
+    ) -> None:
+        """Plan it for ``total`` rows (int64), ``groups`` side by side in a warp; for the rest see ``ROW_KNOBS``."""
         self.total, self.groups, self.rows, self.warps = total, groups, rows, warps
+        self.early = starts_early(target) if early is None else bool(early)
+        self.read = "global" if self.early else "global.nc"
+        """How rows are read."""
         per_block = groups * rows * warps
         self.grid = tir.min((total + (per_block - 1)) // per_block, tir.const(blocks, "int64"))
 
-    def start(self, block: Expr, thread: Expr, group: Expr, load: Callable[[int, Expr], None]) -> None:
-        """Emit the reads of the first step; ``load(k, row)`` emits that of the lane's k-th row, an int64 number.
+    def axes(self) -> tuple[Any, Any]:
+        """The frames of the thread blocks and of their threads."""
+        return T.launch_thread("blockIdx.x", self.grid), T.launch_thread("threadIdx.x", self.warps * WARP)
 
-        The lane's vector is the ``group``-th of those side by side in the warp. A row that does not exist is replaced
-        by the last.
+    def start(
+        self,
+        block: Expr,
+        thread: Expr,
+        group: Expr,
+        load: Callable[[int, Expr], None],
+        prepare: Callable[[], None],
+    ) -> None:
+        """Emit the reads of the first step, and ``prepare``, which reads what does not change from launch to launch.
+
+        ``load(k, row)`` emits the read of the lane's k-th row, an int64 number; a row that does not exist is replaced
+        by the last. The lane's vector is the ``group``-th of those side by side in the warp.
         """
+        let_next_start(self.early)
         per_warp = self.groups * self.rows
         self._load, self._group = load, group
         self._count = scalar(self.total.astype("int32"))
@@ -37,7 +73,12 @@ class RowLoop:
         self._row = Registers(1, "int32")
         """The lane's first row in this step."""
         self._row[0] = (block * self.warps + thread // WARP).astype("int32") * per_warp + group
+        if self.early:
+            prepare()
+            wait_for_inputs()
         self._read(self._row[0])
+        if not self.early:
+            prepare()
 
     def _read(self, row: Expr) -> None:
         for k in range(self.rows):

@@ -257,3 +257,17 @@ def test_the_folder_follows_the_xdg_specification(monkeypatch, tmp_path):
     for value in ("", "relative/folder"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         assert cache_folder() == tmp_path / "home" / ".cache" / "rotquant_tvm"
+
+
+def test_another_tuning_log_of_the_user_makes_another_entry(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    before = compile_cache.environment_digest()
+    log = tmp_path / "rotquant_tvm" / "tuning_logs" / "nvidia-h100"
+    log.mkdir(parents=True)
+    (log / "manifest.json").write_text('{"format": "rotquant-tvm-tuning-log"}')
+    first = compile_cache.environment_digest()
+    (log / "trials").mkdir()
+    (log / "trials" / "database_tuning_record.json").write_text("[]")
+    assert compile_cache.environment_digest() == first != before  # trials decide nothing
+    (log / "database_tuning_record.json").write_text("[]")
+    assert compile_cache.environment_digest() not in (first, before)

@@ -46,6 +46,6 @@ def reason(error: Exception) -> str:
     return text if len(text) <= REASON_LENGTH else "…" + text[-REASON_LENGTH:]
 
 
-def sets_past_cache(nbytes: int, cache_bytes: int, most: int = 64) -> int:
-    """How many sets of buffers of ``nbytes`` a round of calls goes through: four times a cache's size, at least 1."""
-    return max(1, min(most, -(-4 * cache_bytes // max(1, nbytes))))
+def sets_past_cache(nbytes: int, rotated_bytes: int, most: int = 1024) -> int:
+    """How many sets of buffers of ``nbytes`` make a round of calls that touches ``rotated_bytes``; at least 1."""
+    return max(1, min(most, -(-rotated_bytes // max(1, nbytes))))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,20 @@ from .device import BenchmarkDevice, Shape, compiled
 from .read_kernel import read_cuda
 from .report import Bandwidth
 
+L2_TIMES = 40
+"""The cache does not simply forget the oldest: of data read in turn it keeps about its share of all that is touched."""
+
+CONTENDERS = 24
+"""More than are raced at once, each with buffers of its own."""
+
 READ_VARIANTS = ((256, 4), (256, 8), (512, 8), (1024, 4))
 """(threads, loads) of the reading kernel; the fastest says what the memory gives."""
+
+READ_BYTES = math.lcm(*(16 * threads * loads for threads, loads in READ_VARIANTS))
+"""What every variant reads a whole number of."""
+
+SETS = 4
+"""Buffers of which the bandwidth is measured in turn."""
 
 
 def require_torch() -> Any:
@@ -78,23 +91,29 @@ class CudaDevice(BenchmarkDevice):
         part: NDArray[Any] = argument[index].contiguous().cpu().numpy()
         return part
 
+    def rotated_bytes(self) -> int:
+        free, _ = self.torch.cuda.mem_get_info()
+        return min(L2_TIMES * self.cache_bytes, int(free) // CONTENDERS)
+
     def free(self) -> None:
         self.torch.cuda.empty_cache()
 
     def bandwidth(self) -> Bandwidth:
-        words = self.BANDWIDTH_BYTES // 4
-        source, target, sink = self.words((words,)), self.empty((words,), "uint32"), self.empty((1,), "uint32")
-        contenders = [Contender("copy", [lambda: target.copy_(source)])]
+        nbytes = min(self.BANDWIDTH_BYTES, self.rotated_bytes())
+        buffers = [self.words((nbytes // READ_BYTES * READ_BYTES // 4,)) for _ in range(SETS)]
+        nbytes, sink = 4 * len(buffers[0]), self.empty((1,), "uint32")
+        pairs = zip(buffers, [*buffers[1:], buffers[0]], strict=True)
+        contenders = [Contender("copy", [lambda x=x, y=y: y.copy_(x) for x, y in pairs])]
         for threads, loads in READ_VARIANTS:
             kernel = compiled(read_cuda(threads, loads), self.target)
-            call = lambda kernel=kernel: kernel(source, sink)  # noqa: E731
-            contenders.append(Contender(f"read {threads}x{loads}", [call]))
+            calls = [lambda kernel=kernel, x=x: kernel(x, sink) for x in buffers]
+            contenders.append(Contender(f"read {threads}x{loads}", calls))
         outcomes = self.race(contenders)
         seconds = {name: outcome.seconds for name, outcome in outcomes.items() if outcome.seconds}
         if "copy" not in seconds or len(seconds) < 2:
             raise DeviceError(f"cannot measure the device's bandwidth: {outcomes}")
         copy = seconds.pop("copy")
-        return Bandwidth(2 * self.BANDWIDTH_BYTES / copy, self.BANDWIDTH_BYTES / min(seconds.values()))
+        return Bandwidth(2 * nbytes / copy, nbytes / min(seconds.values()))
 
     def _dtype(self, name: str) -> Any:
         return getattr(self.torch, name)

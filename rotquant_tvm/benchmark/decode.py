@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+
+from rotquant_tvm.tuning.shape_buckets import WantedSizes
 
 from .cache_data import CacheSpec
 from .contender import Call, Contender
@@ -16,7 +19,7 @@ from .report import Report, Rival, Row
 from .rivals import decode_rivals
 from .settings import BatchShape, Settings
 
-F16 = "f16"
+F16, UNTUNED = "f16", "untuned"
 CHECKED = 2
 """How many (sequence, kv head) are compared with float64, at full and at ragged lengths each."""
 
@@ -40,34 +43,35 @@ def _race(device: BenchmarkDevice, operators: OperatorLibrary, settings: Setting
         settings.progress(f"decode {shape.name}: compile {name}")
         try:
             ours[name] = PackedDecode(device, operators, settings, name, shape)
-        except Exception as error:  # one configuration's failure is a row of the table, not its end
-            ours[name] = error
+        except Exception as failed:  # one configuration's failure is a row of the table, not its end
+            ours[name] = failed
     settings.progress(f"decode {shape.name}: race")
     rivals = decode_rivals(device, settings, shape)
-    contenders = [entry.contender(name) for name, entry in ours.items() if isinstance(entry, PackedDecode)]
+    contenders = [c for name, entry in ours.items() if isinstance(entry, PackedDecode) for c in entry.contenders(name)]
     outcomes = device.race([*contenders, *rivals.contenders])
     others = rivals.outcomes(outcomes)
     settings.progress(f"decode {shape.name}: check")
-    plain = ours[F16]
-    if isinstance(plain, PackedDecode):
-        own = Rival(f"our {F16}", outcomes[F16].seconds, outcomes[F16].note, plain.nbytes)
-        others = (own, *others)
-    rows = []
+    plain, rows = ours[F16], []
     for name, entry in ours.items():
         if isinstance(entry, Exception):
             rows.append(Row.without_time(shape.name, name, entry))
             continue
-        outcome, beside = outcomes[name], tuple(rival for rival in others if name != F16 or rival.name != f"our {F16}")
+        outcome, beside = outcomes[name], []
+        untuned = outcomes.get(f"{name} {UNTUNED}")
+        if untuned is not None:
+            beside.append(Rival(UNTUNED, untuned.seconds, untuned.note))
+        if name != F16 and isinstance(plain, PackedDecode):
+            beside.append(Rival(f"our {F16}", outcomes[F16].seconds, outcomes[F16].note, plain.nbytes))
         error = entry.error() if outcome.seconds is not None else None
-        figures = (outcome.seconds, entry.nbytes, "read", beside, error, entry.rule)
-        rows.append(Row(shape.name, name, *figures, note=outcome.note))
+        row = Row(shape.name, name, outcome.seconds, entry.nbytes, "read", (*beside, *others), error, entry.kernel)
+        rows.append(replace(row, note=outcome.note))
     return rows
 
 
 class PackedDecode:
     """Decode attention over sets of random caches of one configuration, as a compiled model runs it.
 
-    A call rotates the query, attends, and un-rotates the output.
+    A call rotates the query, attends, and un-rotates the output, in one kernel where the passes fuse these.
     """
 
     def __init__(
@@ -75,12 +79,16 @@ class PackedDecode:
     ) -> None:
         self.device, self.group = device, settings.heads // settings.kv_heads
         self.spec = CacheSpec.of(name, settings, shape.batch, shape.tokens)
-        self.site = self.spec.site(settings, chunk=False)
-        self._attend = operators.attention(self.site)
+        site = self.spec.site(settings, chunk=False)
+        fused = operators.rotating_attention(site)
+        self.site = fused or site
+        wanted = WantedSizes(shape.batch, shape.tokens)
+        self._attend, self._untuned = (operators.attention(self.site, wanted, tuned) for tuned in (True, False))
         k, v = self.spec.codecs
-        self._rotations = [operators.rotate(r, settings.dtype) for r in (k.rotation, v.inverse_rotation)]
-        self._coefficients = [device.coefficients(r.data) for r in (k.rotation, v.inverse_rotation)]
-        self.rule = self._attend.rule
+        rotations = (k.rotation, v.inverse_rotation)
+        self._rotations = [None if fused else operators.rotate(rotation, settings.dtype) for rotation in rotations]
+        self._coefficients = [device.coefficients(rotation.data) for rotation in rotations]
+        self.kernel = self._attend.label
         full = [shape.tokens] * shape.batch
         rows = (shape.batch, 1, settings.heads, settings.head_dim)
         ends = 2 * np.prod(rows) * np.dtype(settings.dtype).itemsize
@@ -92,10 +100,16 @@ class PackedDecode:
         ]
         self._rotated, self._output = (device.empty(rows, settings.dtype) for _ in range(2))
 
-    def contender(self, name: str) -> Contender:
-        """The calls, one per set of caches."""
-        calls = [self._call(index, self._counts) for index in range(len(self._sets))]
-        return Contender(name, calls, [out for _, _, out in self._sets])
+    def contenders(self, name: str) -> list[Contender]:
+        """The calls, one per set of caches; where a tuning record was used, also what the rule alone makes."""
+        kernels = {name: self._attend.run}
+        if self._attend.record:
+            kernels[f"{name} {UNTUNED}"] = self._untuned.run
+        outputs = [out for _, _, out in self._sets]
+        return [
+            Contender(label, [self._call(index, self._counts, run) for index in range(len(self._sets))], outputs)
+            for label, run in kernels.items()
+        ]
 
     def error(self) -> float:
         """The largest relative error of a few heads at full lengths and at ragged ones, tails included."""
@@ -104,7 +118,7 @@ class PackedDecode:
         return max(self._error([tokens] * batch), self._error(ragged))
 
     def _error(self, lengths: Sequence[int]) -> float:
-        self._call(0, self._count_arguments(lengths))()
+        self._call(0, self._count_arguments(lengths), self._attend.run)()
         arrays, query, out = self._sets[0]
         packed, errors = self.spec.packed(lengths), []
         for pick in range(CHECKED):
@@ -116,16 +130,17 @@ class PackedDecode:
             errors.append(relative_error(self.device.numpy(out, queries), expected))
         return max(errors)
 
-    def _call(self, index: int, counts: list[Any]) -> Call:
+    def _call(self, index: int, counts: list[Any], attend: Callable[..., None]) -> Call:
         arrays, query, out = self._sets[index]
-        (before, after), attend = self._rotations, self._attend.run
+        before, after = self._rotations
         rotated = self._rotated if before is not None else query
         output = self._output if after is not None else out
+        data = self._coefficients if self.site.rotated else []
 
         def call() -> None:
             if before is not None:
                 before.run(query, self._coefficients[0], rotated)
-            attend(rotated, *arrays, *counts, output)
+            attend(rotated, *arrays, *counts, *data, output)
             if after is not None:
                 after.run(output, self._coefficients[1], out)
 

@@ -85,9 +85,13 @@ class BenchmarkDevice(ABC):
         """A rotation's coefficients as kernels take them: one unused element for the identity."""
         return self.argument(self.native(data if data.size else np.zeros(1, np.float32)))
 
-    def sets(self, nbytes: int) -> int:
-        """How many sets of buffers keep a call's data out of the cache."""
-        return sets_past_cache(nbytes, self.cache_bytes)
+    @abstractmethod
+    def rotated_bytes(self) -> int:
+        """How many bytes a round of calls must touch for a call to find nothing of its own data in the cache."""
+
+    def sets(self, nbytes: int, most: int = 1024) -> int:
+        """How many sets of buffers keep a call's data out of the cache, as far as the memory goes."""
+        return sets_past_cache(nbytes, self.rotated_bytes(), most)
 
     def free(self) -> None:  # noqa: B027 - nothing to do unless memory is pooled
         """Return memory that nothing uses."""

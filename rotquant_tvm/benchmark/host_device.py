@@ -61,6 +61,9 @@ class HostDevice(BenchmarkDevice):
         part: NDArray[Any] = argument.numpy()[index]
         return part
 
+    def rotated_bytes(self) -> int:
+        return 4 * self.cache_bytes
+
     def bandwidth(self) -> Bandwidth:
         pieces = 8 * max(1, int(tvm.runtime.num_threads()))
         words = self.BANDWIDTH_BYTES // 4 // pieces // 1024 * 1024
@@ -70,10 +73,10 @@ class HostDevice(BenchmarkDevice):
         calls = [Contender("read", [lambda: read(source, sink)]), Contender("copy", [lambda: copy(source, target)])]
         outcomes = self.race(calls)
         nbytes = 4 * pieces * words
-        seconds = [outcomes[name].seconds for name in ("copy", "read")]
-        if None in seconds:
+        copied, seen = (outcomes[name].seconds for name in ("copy", "read"))
+        if copied is None or seen is None:
             raise DeviceError(f"cannot measure this CPU's memory bandwidth: {outcomes}")
-        return Bandwidth(2 * nbytes / seconds[0], nbytes / seconds[1])
+        return Bandwidth(2 * nbytes / copied, nbytes / seen)
 
 
 def _numpy_dtype(name: str) -> Any:

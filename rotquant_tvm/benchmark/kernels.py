@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm import relax
@@ -13,8 +13,13 @@ from rotquant_tvm.formats import Codec, Rotation
 from rotquant_tvm.ops.site_shape import SiteShape
 from rotquant_tvm.passes.kv_kernels import KernelLibrary
 from rotquant_tvm.passes.lower_kv_ops import SPLITS
+from rotquant_tvm.schedules import attention_decode_cuda
 from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
+from rotquant_tvm.schedules.knobs import RECORD_ATTR
 from rotquant_tvm.schedules.vector_kv_kernels import HAND_LAID_ATTR, vector_kernel
+from rotquant_tvm.tuning.apply_records import with_record
+from rotquant_tvm.tuning.record_lookup import TuningRecords
+from rotquant_tvm.tuning.shape_buckets import WantedSizes
 
 DEFINITION = "definition"
 """What stands for a kernel's name where no rule had one."""
@@ -22,20 +27,33 @@ DEFINITION = "definition"
 
 @dataclass(frozen=True)
 class Operator:
-    """A compiled operator: ``run`` takes the definition's arguments; ``rule`` names the hand-laid kernel."""
+    """A compiled operator: ``run`` takes the definition's arguments; ``rule`` names the hand-laid kernel.
+
+    record  the tuning record that chose its knobs; empty if the rule alone did.
+    """
 
     run: Callable[..., None]
     rule: str
+    record: str = ""
+
+    @property
+    def label(self) -> str:
+        """The rule, and whether it was tuned."""
+        return self.rule + (", tuned" if self.record else "")
 
 
 class OperatorLibrary:
-    """Builds and compiles operators for ``target``, each once; definitions come from the passes' ``KernelLibrary``."""
+    """Builds and compiles operators for ``target``, each once; definitions come from the passes' ``KernelLibrary``.
+
+    Tuning records choose their knobs, as in a compile that knows the sizes ``wanted``.
+    """
 
     def __init__(self, target: tvm.target.Target) -> None:
         self._target = target
         self._builder = relax.BlockBuilder()
         self._definitions = KernelLibrary(self._builder, target)
-        self._compiled: dict[str, Operator] = {}
+        self._records = TuningRecords(target)
+        self._compiled: dict[tuple[str, str], Operator] = {}
 
     def rotate(self, rotation: Rotation, dtype: str) -> Operator | None:
         """``ops.rotate``; None for the identity, which the passes leave out."""
@@ -43,10 +61,18 @@ class OperatorLibrary:
             return None
         return self._operator(self._definitions.rotate(rotation.structure, rotation.head_dim, dtype))
 
-    def attention(self, shape: SiteShape) -> Operator:
+    def attention(self, shape: SiteShape, wanted: WantedSizes | None = None, tuned: bool = True) -> Operator:
         """Decode or prefill attention over packed tiles, in as many splits as the passes choose."""
         splits = max(1, SPLITS[self._target.kind.name] // shape.kv_heads)
-        return self._operator(self._definitions.attention_packed(shape, splits))
+        return self._operator(self._definitions.attention_packed(shape, splits), wanted, tuned)
+
+    def rotating_attention(self, shape: SiteShape) -> SiteShape | None:
+        """The decode attention that rotates queries and output itself, where the passes fuse these; else None."""
+        codecs = shape.codecs()
+        if self._target.kind.name != "cuda" or any(codec.rotation.identity for codec in codecs):
+            return None
+        fused = replace(shape, rotated=True)
+        return fused if attention_decode_cuda.build(fused, self._target) is not None else None
 
     def roundtrip(self, codec: Codec, dtype: str) -> Operator:
         """``ops.roundtrip``."""
@@ -64,13 +90,16 @@ class OperatorLibrary:
         """``ops.append_plain``."""
         return self._operator(self._definitions.append_plain(shape))
 
-    def _operator(self, gvar: tvm.ir.GlobalVar) -> Operator:
-        name = gvar.name_hint
-        if name not in self._compiled:
-            func = self._builder.get()[gvar]
+    def _operator(self, gvar: tvm.ir.GlobalVar, wanted: WantedSizes | None = None, tuned: bool = True) -> Operator:
+        func = self._builder.get()[gvar]
+        if tuned:
+            func = with_record(func, self._records, wanted)
+        record = str(func.attrs.get(RECORD_ATTR, ""))
+        key = gvar.name_hint, record
+        if key not in self._compiled:
             run = compile_kernel(func, self._target, aligned=True)
-            self._compiled[name] = Operator(run, kernel_rule(func, self._target))
-        return self._compiled[name]
+            self._compiled[key] = Operator(run, kernel_rule(func, self._target), record)
+        return self._compiled[key]
 
 
 def kernel_rule(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> str:

@@ -52,7 +52,8 @@ class PeerKernel:
 
 def _units(blocks: int, generator: np.random.Generator) -> NDArray[np.float32]:
     values = generator.standard_normal((blocks, 4))
-    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    units: NDArray[np.float32] = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    return units
 
 
 def _angles(blocks: int, generator: np.random.Generator) -> NDArray[np.float32]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+
+from rotquant_tvm.tuning.shape_buckets import WantedSizes
 
 from .append import AppendStep
 from .cache_data import CacheSpec
@@ -40,8 +43,8 @@ def _race(device: BenchmarkDevice, operators: OperatorLibrary, settings: Setting
         settings.progress(f"prefill {shape.name}: compile {name}")
         try:
             ours[name] = PrefillChunk(device, operators, settings, name, shape)
-        except Exception as error:  # one configuration's failure is a row of the table, not its end
-            ours[name] = error
+        except Exception as failed:  # one configuration's failure is a row of the table, not its end
+            ours[name] = failed
     settings.progress(f"prefill {shape.name}: race")
     rivals = prefill_rivals(device, settings, shape)
     contenders = [c for name, entry in ours.items() if isinstance(entry, PrefillChunk) for c in entry.contenders(name)]
@@ -59,8 +62,8 @@ def _race(device: BenchmarkDevice, operators: OperatorLibrary, settings: Setting
                 own = outcomes[f"{F16} {label}"]
                 beside = (Rival(f"our {F16}", own.seconds, own.note, plain.nbytes), *others)
             error = entry.error() if outcome.seconds is not None and not label else None
-            figures = (outcome.seconds, entry.nbytes, None, beside, error, entry.rule, entry.flops, outcome.note)
-            rows.append(Row(shape.name, f"{name} {label}".strip(), *figures))
+            row = Row(shape.name, f"{name} {label}".strip(), outcome.seconds, entry.nbytes, None, beside, error)
+            rows.append(replace(row, kernel=entry.kernel, flops=entry.flops, note=outcome.note))
     return rows
 
 
@@ -74,8 +77,8 @@ class PrefillChunk:
         self.spec = CacheSpec.of(name, settings, shape.batch, shape.tokens)
         self._append = AppendStep(device, operators, settings, self.spec, 0, shape.tokens)
         self.site = self.spec.site(settings, chunk=True)
-        self._attend = operators.attention(self.site)
-        self.rule = self._attend.rule
+        self._attend = operators.attention(self.site, WantedSizes(shape.batch, shape.tokens))
+        self.kernel = self._attend.label
         k, v = self.spec.codecs
         rotations = (k.rotation, k.rotation, v.rotation, v.inverse_rotation)
         self._rotations = [operators.rotate(rotation, settings.dtype) for rotation in rotations]
@@ -93,8 +96,8 @@ class PrefillChunk:
         self._counts = [device.argument(device.native(array)) for array in counts]
         self.tokens = shape.tokens
         itemsize = np.dtype(settings.dtype).itemsize
-        self.nbytes = 2 * int(np.prod(rows)) * (1 + settings.kv_heads / settings.heads) * itemsize
-        self.nbytes = int(self.nbytes) + self.spec.stored_bytes([shape.tokens] * shape.batch)
+        vectors = 2 * shape.batch * shape.tokens * (settings.heads + settings.kv_heads)
+        self.nbytes = vectors * settings.head_dim * itemsize + self.spec.stored_bytes([shape.tokens] * shape.batch)
         self.flops = 4.0 * shape.batch * settings.heads * settings.head_dim * shape.tokens * (shape.tokens + 1) / 2
 
     def contenders(self, name: str) -> list[Contender]:

@@ -110,14 +110,14 @@ class Report:
         return floor / row.seconds if floor is not None and row.seconds else None
 
     def points(self) -> list[Point]:
-        """Every time in the report, by configuration or rival, each once."""
+        """Every time in the report whose bytes are known, by configuration or rival, each once."""
         points = [Point(row.subject, row.nbytes, row.seconds) for row in self.rows if row.seconds]
         for row in self.rows:
             for rival in row.rivals:
                 if rival.seconds:
                     nbytes = row.nbytes if rival.nbytes is None else rival.nbytes
                     points.append(Point(rival.name, nbytes, rival.seconds))
-        return list(dict.fromkeys(points))
+        return list(dict.fromkeys(point for point in points if point.nbytes))
 
     def summary(self) -> list[dict[str, Any]]:
         """Geometric mean, least and greatest of the ratios to each rival, by configuration where several were run."""

@@ -44,12 +44,12 @@ class Rivals:
         """Every rival at its best, then the best of them all if they are several."""
         rivals = []
         for name, labels in self.forms.items():
-            times = [outcomes[label].seconds for label in labels]
-            seconds = min((time for time in times if time is not None), default=None)
+            times = [time for label in labels if (time := outcomes[label].seconds) is not None]
+            seconds = min(times, default=None)
             rivals.append(Rival(name, seconds, "" if seconds else outcomes[labels[0]].note, self.nbytes))
-        times = [rival.seconds for rival in rivals if rival.seconds is not None]
-        if len(rivals) > 1 and times:
-            rivals.insert(0, Rival(BEST, min(times), nbytes=self.nbytes))
+        best = [rival.seconds for rival in rivals if rival.seconds is not None]
+        if len(rivals) > 1 and best:
+            rivals.insert(0, Rival(BEST, min(best), nbytes=self.nbytes))
         return tuple(rivals)
 
 
@@ -120,10 +120,10 @@ def _bound(context: Callable[[], Any], attend: Attend, tensors: Tensors) -> Call
     return call
 
 
-def _prepared(prepare: Callable[..., Attend], sets: Sequence[Tensors]) -> list[Call]:
+def _prepared(prepare: Callable[..., Call], sets: Sequence[Tensors]) -> list[Call]:
     """Calls of a library; what it raises in preparing comes out of the calls, as what it raises in running."""
     try:
-        attend = [prepare(*one) for one in sets]
+        return [prepare(*one) for one in sets]
     except Exception as error:
         reason = error
 
@@ -131,7 +131,6 @@ def _prepared(prepare: Callable[..., Attend], sets: Sequence[Tensors]) -> list[C
             raise reason
 
         return [fail]
-    return attend
 
 
 def _grouped(q: Any, k: Any, v: Any) -> Any:

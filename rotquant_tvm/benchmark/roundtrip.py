@@ -87,8 +87,8 @@ def _race(device: BenchmarkDevice, operators: OperatorLibrary, peers: Peers | No
     try:
         codec = case.format.codec(case.head_dim)
         operator = operators.roundtrip(codec, case.dtype)
-    except Exception as error:  # one setting's failure is a row of the table, not its end
-        return Row.without_time(case.name, subject, error)
+    except Exception as failed:  # one setting's failure is a row of the table, not its end
+        return Row.without_time(case.name, subject, failed)
     sets = [_vectors(device, case) for _ in range(device.sets(case.nbytes))]
     contenders = [_ours(device, operator, codec, case, sets)]
     if peers is not None:
@@ -101,7 +101,7 @@ def _race(device: BenchmarkDevice, operators: OperatorLibrary, peers: Peers | No
         contenders[0].calls[0]()  # the set's output may be a rival's by now
         x, y = (device.numpy(array, slice(0, CHECKED)) for array in sets[0])
         error = roundtrip_error(codec, x.astype(np.float64), y)
-    return Row(case.name, subject, ours.seconds, case.nbytes, "copy", rivals, error, operator.rule, note=ours.note)
+    return Row(case.name, subject, ours.seconds, case.nbytes, "copy", rivals, error, operator.label, note=ours.note)
 
 
 def _vectors(device: BenchmarkDevice, case: Case) -> tuple[Any, Any]:

@@ -121,7 +121,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     """Read and check the options; raises ``UsageError`` or ``FormatError``."""
     from rotquant_tvm.kv_cache_config import KVCacheConfig
 
-    operation, given = arguments.operation, {}
+    operation = arguments.operation
+    given: dict[str, Any] = {}
     for name, operations in _OPTIONS.items():
         value = getattr(arguments, name)
         if value is None:

@@ -34,7 +34,13 @@ def report_table(report: Report) -> Table:
     rows = []
     for row in report.rows:
         rivals = {rival.name: rival for rival in row.rivals}
-        cells = [row.case, row.subject, row.kernel, time_cell(row.seconds), f"{row.nbytes / 1e6:.2f}"]
+        cells = [
+            row.case,
+            row.subject,
+            row.kernel,
+            time_cell(row.seconds),
+            f"{row.nbytes / 1e6:.2f}" if row.nbytes else "",
+        ]
         cells += [_rate(row)] if products else [time_cell(report.floor(row)), share_cell(report.share(row))]
         cells += [_ratio(row, rivals.get(name)) for name in names]
         cells += [] if not errors else ["" if row.error is None else f"{row.error:.1e}"]

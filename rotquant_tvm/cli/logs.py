@@ -49,8 +49,7 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
 
 def _folders(paths: list[Path]) -> list[Path]:
     """The log folders at the paths, by default those that compile looks at. Raises UsageError for a path without."""
-    from rotquant_tvm.tuning.log_store import log_folders
-    from rotquant_tvm.tuning.record_lookup import packaged_logs, user_logs
+    from rotquant_tvm.tuning.log_folders import log_folders, packaged_logs, user_logs
 
     folders = []
     for path in paths or [user_logs(), packaged_logs()]:
@@ -102,7 +101,8 @@ def _check(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _merge(arguments: argparse.Namespace, output: Output) -> None:
-    from rotquant_tvm.tuning.log_store import is_log, read_log, write_log
+    from rotquant_tvm.tuning.log_folders import is_log
+    from rotquant_tvm.tuning.log_store import read_log, write_log
 
     root = arguments.output.resolve()
     if is_log(root):

@@ -109,7 +109,7 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.tasks == "list":
         output.result({"tasks": [_described(task) for task in tasks]}, _task_table(tasks))
         return
-    from rotquant_tvm.tuning.record_lookup import user_logs
+    from rotquant_tvm.tuning.log_folders import user_logs
     from rotquant_tvm.tuning.task_sources import selected_tasks
     from rotquant_tvm.tuning.tune import tune
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
-from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
 
 from ..errors import DeviceError
 from .arguments import Measurement, Parameter
 from .kernel_shape import KernelShape
+from .worker_process import WorkerPool, last_line
 
 LIBRARY, PORTABLE_LIBRARY = "kernel.so", "kernel.tar"
 MEASUREMENT = "measurement.json"
@@ -24,6 +26,7 @@ MEASUREMENT = "measurement.json"
 
 _USES = 64
 """Candidates that one worker compiles before it is replaced: compilers leak."""
+_LOADING_SECONDS = 300.0
 
 
 @derived_object
@@ -37,26 +40,29 @@ class KernelBuilder(ms.builder.PyBuilder):  # type: ignore[misc]
         """Give a candidate ``timeout`` seconds."""
         super().__init__()
         self.folder, self.timeout, self.portable = folder, timeout, portable
-        self.pool = PopenPoolExecutor(max_workers=workers, timeout=timeout, maximum_process_uses=_USES)
+        self.pool = WorkerPool(workers, _USES)
         for _ in range(workers):  # they load TVM while the device is opened
-            self.pool.submit(_load)
+            self.pool.submit(_LOADING_SECONDS, _load)
 
     def build(self, build_inputs: list[Any]) -> list[Any]:
         """Compile the candidates of one batch."""
-        jobs = [(entry.mod, entry.target, str(self.folder), self.portable) for entry in build_inputs]
-        results = []
-        for outcome in self.pool.map_with_error_catching(lambda job: build_candidate(*job), jobs):
-            if outcome.status == StatusKind.COMPLETE:
-                results.append(ms.builder.BuilderResult(outcome.value, None))
-            elif outcome.status == StatusKind.TIMEOUT:
-                results.append(ms.builder.BuilderResult(None, f"compiling took more than {self.timeout:g} s"))
-            else:
-                results.append(ms.builder.BuilderResult(None, last_line(outcome.value)))
-        return results
+        folder, seconds = str(self.folder), self.timeout
+        jobs = [
+            self.pool.submit(seconds, build_candidate, entry.mod, entry.target, folder, self.portable)
+            for entry in build_inputs
+        ]
+        return [_result(job) for job in jobs]
 
     def close(self) -> None:
         """End the workers."""
-        self.pool.shutdown()
+        self.pool.close()
+
+
+def _result(job: Future[str]) -> Any:
+    try:
+        return ms.builder.BuilderResult(job.result(), None)
+    except (DeviceError, CancelledError) as error:
+        return ms.builder.BuilderResult(None, f"compiling: {last_line(error)}")
 
 
 def _load() -> None:
@@ -72,7 +78,7 @@ def build_candidate(mod: tvm.IRModule, target: tvm.target.Target, folder: str, p
 
     Raises DeviceError where the rule has no kernel for the knobs.
     """
-    from ..codegen import compile_module
+    from ..codegen import COUNTERS_ATTR, compile_module
     from ..linker import link_shared
     from ..schedules.knobs import kernel_for
     from .knob_space import chosen_definition
@@ -87,6 +93,7 @@ def build_candidate(mod: tvm.IRModule, target: tvm.target.Target, folder: str, p
     place = Path(tempfile.mkdtemp(dir=folder))
     names = [param.name for param in definition.params]
     document = {"operator": shape.operator, "properties": dict(shape.properties), "names": names}
+    document["counters"] = int(kernel.attrs[COUNTERS_ATTR]) if COUNTERS_ATTR in kernel.attrs else 0
     (place / MEASUREMENT).write_text(json.dumps(document))
     path = place / (PORTABLE_LIBRARY if portable else LIBRARY)
     if portable:
@@ -98,17 +105,27 @@ def build_candidate(mod: tvm.IRModule, target: tvm.target.Target, folder: str, p
     return str(path)
 
 
-def last_line(error: object) -> str:
-    """The last line of what an error says, without its type's name."""
-    lines = str(error).strip().splitlines()
-    return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else type(error).__name__
+@dataclass(frozen=True)
+class Candidate:
+    """A compiled candidate: its library, what to measure it on, and how many counters it takes before its output."""
 
+    library: str
+    measurement: Measurement
+    counters: int
 
-def read_measurement(library: str, args_info: Sequence[Sequence[Any]]) -> Measurement:
-    """What to measure a candidate on: what lies beside its library, with the dtypes and shapes of a record."""
-    document = json.loads((Path(library).parent / MEASUREMENT).read_text())
-    parameters = (
-        Parameter(name, str(dtype), tuple(int(size) for size in shape))
-        for name, (_, dtype, shape) in zip(document["names"], args_info, strict=True)
-    )
-    return Measurement(KernelShape(document["operator"], document["properties"]), tuple(parameters))
+    @classmethod
+    def read(cls, library: str, args_info: Sequence[Sequence[Any]]) -> Candidate:
+        """Read what lies beside a library; dtypes and shapes are those of a record."""
+        document = json.loads((Path(library).parent / MEASUREMENT).read_text())
+        parameters = (
+            Parameter(name, str(dtype), tuple(int(size) for size in shape))
+            for name, (_, dtype, shape) in zip(document["names"], args_info, strict=True)
+        )
+        shape = KernelShape(document["operator"], document["properties"])
+        return cls(library, Measurement(shape, tuple(parameters)), int(document["counters"]))
+
+    def arguments(self, arrays: Sequence[Any], device: Any) -> list[Any]:
+        """The arrays with the counters, which are 0 between launches, among them."""
+        if not self.counters:
+            return list(arrays)
+        return [*arrays[:-1], device.argument(device.native(np.zeros(self.counters, np.int32))), arrays[-1]]

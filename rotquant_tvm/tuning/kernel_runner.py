@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 import tvm
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
-from tvm.support.popen_pool import PopenWorker
 
 from ..errors import DeviceError
-from .kernel_builder import last_line
 from .kernel_timer import Timing
 from .measuring import copy_bandwidth, measure_candidate
 from .remote_measuring import RemoteDevice, measure_remotely
+from .worker_process import WorkerProcess
 
 _OPENING_SECONDS = 300.0
 """For loading TVM and torch, and opening the device."""
@@ -39,42 +37,30 @@ class MeasuringProcess:
     bandwidth: float | None = None
 
     def __post_init__(self) -> None:
-        self._worker = PopenWorker()
+        self._worker = WorkerProcess()
         self._open = False
 
     def open(self) -> None:
         """Start the process and measure the bandwidth of copies. Raises DeviceError."""
         if self.remote is None and not self._open:
-            bandwidth = self._call(_OPENING_SECONDS, copy_bandwidth, self.target, str(self.folder))
+            bandwidth = self._worker.call(_OPENING_SECONDS, copy_bandwidth, self.target, str(self.folder))
             self.bandwidth = self.bandwidth or bandwidth
         self._open = True
 
     def measure(self, library: str, args_info: list[list[Any]]) -> list[float]:
         """Return seconds per run of a candidate, one for each measurement. Raises DeviceError."""
         self.open()
-        if self.remote is not None:
-            return self._call(self.timeout, measure_remotely, self.remote, library, args_info, self.timing)
-        folder = str(self.folder)
-        return self._call(self.timeout, measure_candidate, self.target, folder, library, args_info, self.timing)
+        call, seconds, folder = self._worker.call, self.timeout, str(self.folder)
+        try:
+            if self.remote is not None:
+                return call(seconds, measure_remotely, self.remote, library, args_info, self.timing)  # type: ignore
+            return call(seconds, measure_candidate, self.target, folder, library, args_info, self.timing)  # type: ignore
+        finally:
+            self._open = self._worker.alive
 
     def close(self) -> None:
         """End the process."""
-        with suppress(ImportError):  # at interpreter exit
-            self._worker.kill()
-
-    def _call(self, seconds: float, function: Any, *arguments: Any) -> Any:
-        try:
-            self._worker.send(function, arguments, timeout=seconds)
-            return self._worker.recv()
-        except DeviceError as error:
-            raise DeviceError(last_line(error)) from error
-        except TimeoutError as error:
-            self._open = False
-            raise DeviceError(f"it took more than {seconds:g} s") from error
-        except Exception as error:  # whatever it was, the device may be unusable for this process
-            self._open = False
-            self._worker.kill()
-            raise DeviceError(last_line(error)) from error
+        self._worker.close()
 
 
 @derived_object

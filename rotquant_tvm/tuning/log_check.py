@@ -13,13 +13,14 @@ from tvm.target import Target
 from ..errors import UsageError
 from ..formats import VERSION as LAYOUT_VERSION
 from ..schedules.knobs import knob_values, rule_of
-from .kernel_builder import last_line
 from .kernel_hash import kernel_hash
 from .kernel_shape import KernelShape
 from .knob_space import replayed_knobs
-from .log_store import RECORD_FILE, LogEntry, TuningLog, read_log
+from .log_folders import RECORD_FILE
+from .log_store import LogEntry, TuningLog, read_log
 from .shape_buckets import bucket_label
 from .tuning_task import MAIN
+from .worker_process import last_line
 
 STALE = "the kernel has changed since; tune it again"
 

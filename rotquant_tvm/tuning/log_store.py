@@ -15,10 +15,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .kernel_shape import KernelShape
-
-FORMAT, VERSION = "rotquant-tvm-tuning-log", 1
-MANIFEST_FILE = "manifest.json"
-WORKLOAD_FILE, RECORD_FILE = "database_workload.json", "database_tuning_record.json"
+from .log_folders import FORMAT, MANIFEST_FILE, RECORD_FILE, VERSION, WORKLOAD_FILE
 
 
 @dataclass(frozen=True)
@@ -105,24 +102,6 @@ def _supersedes(new: LogRecord, old: LogRecord) -> bool:
     if new.kernel_hash != old.kernel_hash:
         return new.date >= old.date
     return new.seconds < old.seconds
-
-
-def is_log(folder: Path) -> bool:
-    """Whether a folder has the manifest of a tuning log, damaged or not."""
-    try:
-        return FORMAT in (folder / MANIFEST_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def log_folders(path: Path) -> list[Path]:
-    """The log folders at a path: itself, or those in it."""
-    if is_log(path):
-        return [path]
-    try:
-        return sorted(entry for entry in path.iterdir() if entry.is_dir() and is_log(entry))
-    except OSError:
-        return []
 
 
 def read_log(folder: Path) -> TuningLog:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..benchmark.device import BenchmarkDevice, open_device
 from ..errors import DeviceError
 from .arguments import Measurement, Parameter
-from .kernel_builder import read_measurement
+from .kernel_builder import Candidate
 from .kernel_timer import Timing, time_calls
 from .tuning_task import MAIN
 
@@ -98,12 +98,13 @@ def measure_candidate(
     target: tvm.target.Target, folder: str, library: str, args_info: list[list[Any]], timing: Timing
 ) -> list[float]:
     """Run, compare and time a candidate; returns seconds per run. Raises DeviceError for a wrong result."""
-    bench, measurement = bench_for(target, folder), read_measurement(library, args_info)
+    bench, candidate = bench_for(target, folder), Candidate.read(library, args_info)
     kernel = tvm.runtime.load_module(library)[MAIN]
-    bench.prepare(measurement)
-    kernel(*bench.sets[0])
-    bench.check(measurement)
-    calls = [lambda arguments=arguments: kernel(*arguments) for arguments in bench.sets]
+    bench.prepare(candidate.measurement)
+    sets = [candidate.arguments(arrays, bench.device) for arrays in bench.sets]
+    kernel(*sets[0])
+    bench.check(candidate.measurement)
+    calls = [lambda arguments=arguments: kernel(*arguments) for arguments in sets]
     return time_calls(calls, timing, getattr(bench.device, "torch", None))
 
 

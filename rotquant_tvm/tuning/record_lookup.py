@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 
 from tvm import tirx
@@ -18,31 +16,12 @@ from .device_identity import arch_of, cpu_levels, device_slug, same_arch, slug_o
 from .kernel_hash import kernel_hash
 from .kernel_shape import KernelShape
 from .knob_space import replayed_knobs
-from .log_store import MANIFEST_FILE, LogEntry, TuningLog, is_log, log_folders, read_log
+from .log_folders import MANIFEST_FILE, is_log, log_folders, log_roots
+from .log_store import LogEntry, TuningLog, read_log
 from .shape_buckets import WantedSizes, bucket_distance, bucket_label
 
 FAR = 8.0
 """Doublings (of heads) beyond which a record says nothing about a kernel."""
-
-
-def user_logs() -> Path:
-    """Where ``tvmc tune`` writes: ``rotquant_tvm/tuning_logs`` in $XDG_DATA_HOME, or in ~/.local/share."""
-    base = Path(os.environ.get("XDG_DATA_HOME", ""))
-    if not base.is_absolute():  # the XDG specification says to ignore those
-        base = Path.home() / ".local" / "share"
-    return base / "rotquant_tvm" / "tuning_logs"
-
-
-def packaged_logs() -> Path:
-    """The logs that come with the package."""
-    return Path(str(files("rotquant_tvm.tuning_logs")))
-
-
-def log_roots(given: Path | None = None) -> list[Path]:
-    """The folders that are looked into, in order. Raises ``UsageError`` if the ``given`` one has no log."""
-    if given is not None and not log_folders(given):
-        raise UsageError(f"{given} has no tuning log: neither {MANIFEST_FILE} nor folders with one; see tvmc logs list")
-    return [*([given] if given is not None else []), user_logs(), packaged_logs()]
 
 
 @dataclass(frozen=True)

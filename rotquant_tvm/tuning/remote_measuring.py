@@ -13,7 +13,7 @@ from ..benchmark.device import Shape
 from ..benchmark.host_device import HostDevice
 from ..errors import DeviceError, UsageError
 from ..target import host_target
-from .kernel_builder import read_measurement
+from .kernel_builder import Candidate
 from .kernel_timer import Timing
 from .tuning_task import MAIN
 
@@ -78,7 +78,8 @@ def measure_remotely(remote: RemoteDevice, library: str, args_info: list[list[An
     device = session.device(_device_type(remote.kind), 0)
     session.upload(library)
     module = session.load_module(Path(library).name)
-    arguments = read_measurement(library, args_info).arrays(_RemoteArrays(device))
+    candidate, arrays = Candidate.read(library, args_info), _RemoteArrays(device)
+    arguments = candidate.arguments(candidate.measurement.arrays(arrays), arrays)
     evaluator = module.time_evaluator(
         MAIN, device, number=timing.number, repeat=timing.repeat, min_repeat_ms=int(timing.min_repeat_ms)
     )

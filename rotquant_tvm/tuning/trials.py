@@ -17,14 +17,15 @@ from tvm.s_tir import meta_schedule as ms
 from ..errors import UsageError
 from ..schedules.knobs import Knobs
 from .knob_space import replayed_knobs
-from .log_store import RECORD_FILE, WORKLOAD_FILE, LogEntry, LogRecord
+from .log_folders import RECORD_FILE, WORKLOAD_FILE
+from .log_store import LogEntry, LogRecord
 from .tuning_task import TuningTask
 
 FOLDER = "trials"
 """In a device's log folder. Nothing but resuming needs it."""
 
-_FAILED = 1e9
-"""MetaSchedule writes 1e10 seconds for a candidate that failed."""
+FAILED_SECONDS = 1e10
+"""What a candidate that failed is recorded with, as MetaSchedule does."""
 _NO_BETTER = 0.01
 """A kernel has to be faster than the rule's own by this share to be recorded in its place: less is noise."""
 
@@ -91,7 +92,7 @@ def trials_of(task: TuningTask, database: Any) -> list[Trial]:
 def mean_seconds(run_secs: Any) -> float:
     """The mean of a record's times; ``math.inf`` for a failure."""
     times = [float(seconds) for seconds in run_secs or ()]
-    return sum(times) / len(times) if times and max(times) < _FAILED else math.inf
+    return sum(times) / len(times) if times and max(times) < FAILED_SECONDS else math.inf
 
 
 def best_entry(task: TuningTask, trials: list[Trial], bandwidth: float | None) -> LogEntry | None:

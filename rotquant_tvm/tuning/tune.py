@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm.ir.utils import derived_object
-from tvm.s_tir import meta_schedule as ms
-from tvm.s_tir.meta_schedule.tune import tune_tasks
 
 from ..errors import DeviceError, UsageError
 from ..formats import VERSION as LAYOUT_VERSION
 from .device_identity import DeviceIdentity, slug_of
-from .kernel_builder import KernelBuilder
-from .kernel_runner import KernelRunner, MeasuringProcess
+from .kernel_runner import MeasuringProcess
 from .kernel_timer import Timing
-from .knob_search import KnobSearch, KnobStrategy
-from .knob_space import knob_space
-from .log_store import MANIFEST_FILE, LogRecord, TuningLog, read_log, write_log
+from .knob_search import KnobSearch
+from .log_folders import MANIFEST_FILE
+from .log_store import LogRecord, TuningLog, read_log, write_log
 from .remote_measuring import RemoteDevice
-from .trials import FOLDER, best_entry, mean_seconds, open_trials, trials_of
+from .search_run import Progress, SearchRun
+from .trials import FOLDER, best_entry, open_trials, trials_of
 from .tuning_task import TuningTask
 
 DEFAULT_TRIALS = 16
 MOST_WORKERS = 16
-Progress = Callable[[str, int], None]
-"""Told what was measured (a task's name) and how many candidates."""
-
 
 @dataclass(frozen=True)
 class TuningOptions:
@@ -75,7 +68,8 @@ def tune(
     """Tune tasks of one target and merge what is best into the log of its device, a folder in ``root``.
 
     An interrupted run leaves a log of what it had measured, and the same call goes on from there. Raises
-    ``DeviceError`` if the device cannot be used, ``UsageError`` for a folder that cannot be written or is in use.
+    ``DeviceError`` if the device cannot be used, ``UsageError`` for a folder that cannot be written, is in use or holds
+    a damaged log.
     """
     options = options or TuningOptions()
     if not tasks:
@@ -83,24 +77,24 @@ def tune(
     target = tasks[0].target
     device = _identity(target, options.remote)
     folder = root / device.slug
+    log = _begun_log(folder, device, target)
     with open_trials(folder / FOLDER) as database, tempfile.TemporaryDirectory(prefix="tvmc-tune-") as scratch:
-        process = MeasuringProcess(target, Path(scratch), options.timing, options.timeout, options.remote)
-        watch = _Watch(progress)
         searches = [KnobSearch(task, options.trials_per_task, options.early_stopping, options.seed) for task in tasks]
         for search in searches:
             search.recall(database)
         searches = [search for search in searches if search.unfinished()]
+        process = MeasuringProcess(target, Path(scratch), options.timing, options.timeout, options.remote)
+        limits = {"parallel": options.parallel, "timeout": options.timeout}
+        run = SearchRun(searches, database, process, Path(scratch), **limits, progress=progress)
         try:
             if searches:
-                watch.tasks = [search.task for search in searches]
-                _run(searches, options, process, database, Path(scratch), watch)
+                run.run(options.trials, options.seed)
         finally:
-            process.close()
-            records = _write(tasks, folder, device, process.bandwidth, database)
+            records = _write(tasks, folder, log, process.bandwidth, database)
     if not records:
-        reason = watch.failures[0] if watch.failures else "none was built"
+        reason = run.failures[0] if run.failures else "none was built"
         raise DeviceError(f"no candidate could be measured: {reason}")
-    return TuningResult(folder, device, records, tuple(watch.failures), watch.measured)
+    return TuningResult(folder, device, records, tuple(run.failures), run.measured)
 
 
 def _identity(target: tvm.target.Target, remote: RemoteDevice | None) -> DeviceIdentity:
@@ -112,89 +106,26 @@ def _identity(target: tvm.target.Target, remote: RemoteDevice | None) -> DeviceI
     return DeviceIdentity(slug_of(name), name, "cuda", str(target.attrs.get("arch", "")))
 
 
-def _run(
-    searches: Sequence[KnobSearch],
-    options: TuningOptions,
-    process: MeasuringProcess,
-    database: Any,
-    scratch: Path,
-    watch: _Watch,
-) -> None:
-    batch = max(1, min(options.parallel, math.ceil(0.7 * options.trials_per_task)))
-    contexts = [
-        ms.TuneContext(
-            search.task.workload,
-            target=search.task.target,
-            space_generator=ms.space_generator.ScheduleFn(
-                knob_space(search.task.knobs), sch_rules=[], postprocs=[], mutator_probs={}
-            ),
-            search_strategy=KnobStrategy(search, batch),
-            task_name=search.task.name,
-            rand_state=options.seed + 1,
-            num_threads=1,
-        )
-        for search in searches
-    ]
-    most = len(searches) * (options.trials_per_task + 1)
-    builder = KernelBuilder(scratch, options.parallel, options.timeout, portable=options.remote is not None)
-    runner = KernelRunner(process)
-    try:
-        process.open()
-        tune_tasks(
-            tasks=contexts,
-            task_weights=[1.0] * len(searches),
-            work_dir=str(scratch),
-            max_trials_global=most if options.trials is None else min(most, options.trials),
-            max_trials_per_task=options.trials_per_task + 1,
-            num_trials_per_iter=batch,
-            builder=builder,
-            runner=runner,
-            database=database,
-            cost_model=ms.cost_model.RandomModel(),
-            measure_callbacks=[ms.measure_callback.AddToDatabase(), watch],
-            task_scheduler="round-robin",
-        )
-    finally:
-        builder.close()
-        runner.close()
+def _begun_log(folder: Path, device: DeviceIdentity, target: tvm.target.Target) -> TuningLog:
+    """The log in a folder, or an empty one."""
+    document = json.loads(str(target))
+    log = TuningLog(device.document(), document, tvm.__version__, LAYOUT_VERSION, None)
+    if not (folder / MANIFEST_FILE).exists():
+        return log
+    old = read_log(folder)
+    return replace(log, entries=old.entries, copy_bandwidth=old.copy_bandwidth)
 
 
 def _write(
-    tasks: Sequence[TuningTask], folder: Path, device: DeviceIdentity, bandwidth: float | None, database: Any
+    tasks: Sequence[TuningTask], folder: Path, log: TuningLog, bandwidth: float | None, database: Any
 ) -> tuple[LogRecord, ...]:
-    """Merge the best of every task into the folder's log; returns their records."""
-    found = [best_entry(task, trials_of(task, database), bandwidth) for task in tasks]
+    """Merge the best of every task into a log and write it; returns their records."""
+    log = replace(log, copy_bandwidth=bandwidth or log.copy_bandwidth)
+    found = [best_entry(task, trials_of(task, database), log.copy_bandwidth) for task in tasks]
     entries = [entry for entry in found if entry is not None]
-    if entries:
-        target = json.loads(str(tasks[0].target))
-        log = TuningLog(device.document(), target, tvm.__version__, LAYOUT_VERSION, bandwidth)
-        if (folder / MANIFEST_FILE).exists():
-            old = read_log(folder)
-            log = replace(log, entries=old.entries, copy_bandwidth=bandwidth or old.copy_bandwidth)
-        write_log(folder, log.merged(entries))
-    return tuple(entry.record for entry in entries)
-
-
-@derived_object
-class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
-    """Tells the progress and collects what failed."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
-        self.tasks: list[TuningTask] = []
-        self.progress = progress
-        self.failures: list[str] = []
-        self.measured = 0
-
-    def apply(
-        self, task_scheduler: Any, task_id: int, measure_candidates: Any, builder_results: Any, runner_results: Any
-    ) -> None:
-        """Called after every batch."""
-        task = self.tasks[int(task_id)]
-        for built, run in zip(builder_results, runner_results, strict=True):
-            message = built.error_msg or run.error_msg
-            if message:
-                self.failures.append(f"{task.name}: {message}")
-            elif mean_seconds(run.run_secs) < math.inf:
-                self.measured += 1
-        self.progress(task.name, len(measure_candidates))
+    if not entries:
+        return ()
+    log = log.merged(entries)
+    write_log(folder, log)
+    kept = {record.key: record for record in log.records}
+    return tuple(kept[entry.record.key] for entry in entries)

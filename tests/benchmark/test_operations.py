@@ -57,10 +57,10 @@ def test_decode_catches_a_kernel_that_does_nothing(small, broken):
 def test_a_configuration_that_fails_to_compile_is_a_row(small, monkeypatch):
     built = OperatorLibrary.attention
 
-    def fails(self, shape):
+    def fails(self, shape, *options):
         if shape.k == "iso3":
             raise RuntimeError("the compiler gave up")
-        return built(self, shape)
+        return built(self, shape, *options)
 
     monkeypatch.setattr(OperatorLibrary, "attention", fails)
     report = decode.run(small("decode", kv_caches=("iso3", "iso2"), shapes=shapes("1x40")))
@@ -146,3 +146,16 @@ def test_operators_are_compiled_once_and_named_by_their_rule(host, small):
     assert operators.attention(site) is operators.attention(site)
     assert operators.attention(site).rule == "attention_decode_llvm" and operators.append(site).rule == DEFINITION
     assert operators.rotate(Rotation(32, ()), "float32") is None
+
+
+def test_a_tuned_kernel_is_raced_with_what_the_rule_alone_makes(small, monkeypatch):
+    built = OperatorLibrary.attention
+
+    def recorded(self, shape, wanted=None, tuned=True):
+        found = built(self, shape, wanted, False)
+        return Operator(found.run, found.rule, "some log" if tuned and shape.k == "iso3" else "")
+
+    monkeypatch.setattr(OperatorLibrary, "attention", recorded)
+    f16, iso3 = decode.run(small("decode", kv_caches=("iso3",), shapes=shapes("1x40"))).rows
+    assert f16.kernel == "attention_decode_llvm" and iso3.kernel == "attention_decode_llvm, tuned"
+    assert "untuned" in {rival.name for rival in iso3.rivals} and "untuned" not in {rival.name for rival in f16.rivals}

@@ -11,9 +11,9 @@ from rotquant_tvm.benchmark.contender import Contender, failure, sets_past_cache
 from rotquant_tvm.benchmark.host_timing import HostTimer
 
 
-def test_sets_fill_four_caches():
-    assert sets_past_cache(10, 100) == 40 and sets_past_cache(1000, 100) == 1
-    assert sets_past_cache(0, 100) == 64 and sets_past_cache(1, 10**9, most=7) == 7
+def test_sets_touch_all_bytes_of_a_round():
+    assert sets_past_cache(10, 401) == 41 and sets_past_cache(1000, 100) == 1
+    assert sets_past_cache(0, 10**9) == 1024 and sets_past_cache(1, 10**9, most=7) == 7
 
 
 def test_a_failures_note_is_the_end_of_its_text():

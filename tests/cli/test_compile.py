@@ -163,6 +163,14 @@ def test_bad_options_are_refused_before_the_model_is_looked_at(tvmc, tmp_path, o
     assert os.listdir(tmp_path) == []
 
 
+def test_tuning_records_that_are_not_there_are_refused(tvmc, model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, fragment in (("nowhere", "is no folder"), ("empty", "has no tuning log")):
+        line = refused(tvmc, 2, model, "--tuning-records", tmp_path / folder, "-o", tmp_path / "a.rq")
+        assert fragment in line and folder in line
+    assert os.listdir(tmp_path) == ["empty"]
+
+
 def test_without_a_compiler_nothing_is_compiled(tvmc, model, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))

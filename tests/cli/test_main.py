@@ -27,7 +27,7 @@ def test_help_names_every_command(tvmc):
     [
         ("compile", "--kv-cache -ctk -ctv --kv-layers --kv-capacity --target -o --output --model-format"),
         ("compile", "--dump-code --pass-config --disabled-pass --print-ir-before --print-ir-after"),
-        ("compile", "--dtype --print-pass-times -O --input-shapes --json -v"),
+        ("compile", "--dtype --print-pass-times -O --input-shapes --tuning-records --json -v"),
         ("compile", "--kv-sinks --kv-recent --kv-center --no-kv-center --kv-defer"),
         ("run", "--device --prompt --max-tokens --temperature --top-p --seed --stop --chat --inputs"),
         ("run", "--outputs --fill-mode --print-time --profile --repeat --number --json -v"),
@@ -49,7 +49,7 @@ def test_version(tvmc):
     "arguments",
     [
         (),
-        ("tune",),
+        ("tunes",),
         ("compile",),
         ("compile", "m", "--kv-sinks", "-1"),
         ("compile", "m", "--kv-recent", "many"),

@@ -7,6 +7,7 @@ from functools import cache, cached_property
 
 import numpy as np
 import tvm
+from rotquant_tvm.passes.fuse_decode_rotation import FuseDecodeRotation
 from rotquant_tvm.passes.hoist_rotation import HoistRotation
 from rotquant_tvm.passes.kv_kernels import kernel_of
 from rotquant_tvm.passes.lower_kv_ops import LowerKVOps
@@ -39,7 +40,9 @@ def stages(model: TinyModel, config: KVCacheConfig) -> dict[str, tvm.IRModule]:
     with tvm.target.Target("llvm"):
         quantized = QuantizeKVCache(config)(model.module())
         hoisted = HoistRotation()(quantized)
-        return {"quantize": quantized, "hoist": hoisted, "lower": LowerKVOps()(hoisted)}
+        lowered = LowerKVOps()(hoisted)
+        fused = FuseDecodeRotation(tvm.target.Target("llvm"))(lowered)
+        return {"quantize": quantized, "hoist": hoisted, "lower": lowered, "fuse": fused}
 
 
 def operators(mod: tvm.IRModule, name: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tvm
 from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
+from rotquant_tvm.schedules.knobs import with_knobs
 
 from rotquant_tvm import ops
 from rotquant_tvm.cache_policy import NO_POLICY
@@ -27,13 +28,14 @@ def site_shape(operator, arguments) -> SiteShape:
 
 
 class HandLaidWriters(Kernels):
-    """Kernels for a CUDA target; ``laid_out`` collects the operators whose definition was replaced."""
+    """Kernels for a CUDA target; ``laid_out`` collects the operators whose definition was replaced, ``knobs`` is chosen for all."""
 
     WRITERS = (ops.append, ops.flush, ops.append_plain)
 
     def __init__(self) -> None:
         super().__init__("cuda")
         self.laid_out = set()
+        self.knobs = {}
 
     def build(self, operator, *arguments, **options):
         """The compiled function of ``operator(*arguments, **options)``."""
@@ -41,7 +43,7 @@ class HandLaidWriters(Kernels):
         if key not in self._compiled:
             func = operator(*arguments, axes=Axes.of(self.target), **options)
             if operator in self.WRITERS:
-                func = site_shape(operator, arguments).attach(func)
+                func = with_knobs(site_shape(operator, arguments).attach(func), self.knobs)
             kernel = gpu_kernel(func, self.target)
             if kernel is not None:
                 self.laid_out.add(operator)

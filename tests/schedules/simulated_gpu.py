@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import tvm
 
@@ -194,6 +195,12 @@ class _Block:
     def call_fabs(self, args, words, expr):
         return np.abs(self.value(args[0]))
 
+    def call_nearbyint(self, args, words, expr):
+        return np.rint(self.value(args[0]))
+
+    def call_floor(self, args, words, expr):
+        return np.floor(self.value(args[0]))
+
     def call_if_then_else(self, args, words, expr):
         return np.where(*(self.value(a) for a in args))
 
@@ -211,17 +218,18 @@ class _Block:
     def call_ptx_ld(self, args, words, expr) -> None:
         *targets, address = args
         buffer, at = self._address(address)
-        for target, value in zip(targets, self._words(buffer, at, len(targets)), strict=True):
+        unit = np.dtype(f"u{int(words[-1][1:]) // 8}")
+        for target, value in zip(targets, self._units(buffer, at, len(targets), unit), strict=True):
             self._set(target, value)
 
     call_ptx_ld_vec = call_ptx_ld
 
-    def _words(self, buffer, at, count):
+    def _units(self, buffer, at, count, unit):
         size = np.dtype(_numpy(dtype_of(buffer))).itemsize
-        assert ((at * size)[self.active] % (4 * count) == 0).all(), f"{buffer}: an unaligned access"
-        elements = self.read(buffer, at, 4 * count // size)
+        assert ((at * size)[self.active] % (unit.itemsize * count) == 0).all(), f"{buffer}: an unaligned access"
+        elements = self.read(buffer, at, unit.itemsize * count // size)
         block = np.stack(elements, -1)
-        return np.ascontiguousarray(block).view(np.uint32).T
+        return np.ascontiguousarray(block).view(unit).T
 
     def call_ptx_st(self, args, words, expr) -> None:
         address, *values = args
@@ -261,6 +269,9 @@ class _Block:
     def call_cuda_warp_sync(self, args, words, expr) -> None:
         self._whole_warps()
 
+    def call_ptx_griddepcontrol(self, args, words, expr) -> None:
+        """One kernel runs at a time."""
+
     def call_ptx_fma(self, args, words, expr) -> None:
         a, b, c = (self.value(v).astype(np.float64) for v in args[1:])
         exact = a * b + c
@@ -288,9 +299,13 @@ class _Block:
         high, low = (self.value(v).astype(np.float16) for v in args[1:])
         self._set(args[0], np.ascontiguousarray(np.stack([low, high], -1)).view(np.uint32)[:, 0])
 
+    def call_ptx_cvt_bf16x2_f32(self, args, words, expr) -> None:
+        high, low = (self.value(v).astype(ml_dtypes.bfloat16) for v in args[1:])
+        self._set(args[0], np.ascontiguousarray(np.stack([low, high], -1)).view(np.uint32)[:, 0])
+
 
 def _numpy(dtype: str):
-    return np.dtype(bool if dtype == "bool" else dtype)
+    return np.dtype({"bool": bool, "bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
 
 
 def _binary(function):

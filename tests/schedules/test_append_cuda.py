@@ -12,7 +12,7 @@ from rotquant_tvm import ops
 from rotquant_tvm.ops.site_shape import SiteShape
 
 from ..ops.cases import CASES, Case
-from ..ops.conftest import has_gpu
+from ..ops.conftest import has_gpu, rng  # noqa: F401 (a fixture)
 from ..ops.reference import layout_of, random_words
 from ..ops.test_append import (  # noqa: F401 (tests of the definition, collected here with other kernels)
     TILES,

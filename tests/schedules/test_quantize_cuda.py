@@ -9,10 +9,11 @@ from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
 from rotquant_tvm.ops import quantize
 
 from ..ops.reference import check_encoding
-from .vector_cases import AXES, CASES, codec_of, compile_cubin, encode, kernel, target_of, vectors, with_gpu
+from .simulated_gpu import cuda_target
+from .vector_cases import AXES, CASES, PLAIN, codec_of, compile_cubin, encode, kernel, target_of, vectors, with_gpu
 
 
-@pytest.mark.parametrize(("text", "head_dim", "dtype", "knobs", "where"), with_gpu(*CASES))
+@pytest.mark.parametrize(("text", "head_dim", "dtype", "knobs", "where"), with_gpu(*CASES, *PLAIN))
 def test_codes_and_gains_are_the_formats(text, head_dim, dtype, knobs, where):
     codec = codec_of(text, head_dim)
     for count in (1, 43):
@@ -30,7 +31,13 @@ def awkward(head_dim, dtype):
 
 @pytest.mark.parametrize(
     ("text", "head_dim", "dtype", "knobs", "where"),
-    with_gpu(("iso3", 128, "float16", {}), ("planar1", 80, "float32", {"rows": 2}), ("rotor2:ip", 80, "float16", {})),
+    with_gpu(
+        ("iso3", 128, "float16", {}),
+        ("planar1", 80, "float32", {"rows": 2}),
+        ("rotor2:ip", 80, "float16", {}),
+        ("q4_0", 80, "float32", {}),
+        ("bf16", 64, "float32", {}),
+    ),
 )
 def test_every_input_has_the_defined_result_and_spoils_no_other(text, head_dim, dtype, knobs, where):
     codec = codec_of(text, head_dim)
@@ -46,7 +53,8 @@ def test_every_input_has_the_defined_result_and_spoils_no_other(text, head_dim, 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_kernels_compile(arch):
-    compile_cubin([kernel("quantize", codec_of(t, d), dtype, k, target_of("")) for t, d, dtype, k in CASES], arch)
+    cases = [*CASES, *PLAIN]
+    compile_cubin([kernel("quantize", codec_of(t, d), dtype, k, cuda_target(arch)) for t, d, dtype, k in cases], arch)
 
 
 @pytest.mark.parametrize("text", ["dense3", "turbo3+qjl", "turbo2.5", "rq2", "qjl1"])

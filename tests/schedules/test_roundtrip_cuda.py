@@ -10,7 +10,8 @@ from rotquant_tvm.schedules.roundtrip_cuda import KNOBS, build
 from rotquant_tvm.ops import roundtrip
 from rotquant_tvm.ops.codec_shape import CodecShape
 
-from .vector_cases import AXES, CASES, codec_of, compile_cubin, encode, kernel, run, target_of, vectors, with_gpu
+from .simulated_gpu import cuda_target
+from .vector_cases import AXES, CASES, PLAIN, codec_of, compile_cubin, encode, kernel, run, target_of, vectors, with_gpu
 
 TABLES = [("iso2", 128, "float16", {"table": 1}), ("rotor4", 96, "float32", {"table": 0, "blocks": 1})]
 
@@ -21,7 +22,7 @@ def roundtrip_of(codec, x, knobs, where):
     return run(func, where, x, codec.coefficients, codec.inverse_coefficients, np.full_like(x, np.nan))[3]
 
 
-@pytest.mark.parametrize(("text", "head_dim", "dtype", "knobs", "where"), with_gpu(*CASES, *TABLES))
+@pytest.mark.parametrize(("text", "head_dim", "dtype", "knobs", "where"), with_gpu(*CASES, *TABLES, *PLAIN))
 def test_it_is_quantize_then_dequantize(text, head_dim, dtype, knobs, where):
     codec = codec_of(text, head_dim)
     for shape in ((1, 1, 1), (3, 2, 7)):
@@ -33,11 +34,15 @@ def test_it_is_quantize_then_dequantize(text, head_dim, dtype, knobs, where):
         size = np.linalg.norm(x.astype(float), axis=-1, keepdims=True)
         apart = np.abs(y - expected) > (1e-5 if dtype == "float32" else 1e-3) * size + 6e-8
         assert apart.any(-1).sum() <= 1  # a code on a boundary
+        if codec.format.bits > 4:
+            continue
         exact = ((x - codec.decode(codec.encode(x))) ** 2).sum()
         assert ((x - y.astype(float)) ** 2).sum() == pytest.approx(exact, rel=2e-3)
 
 
-@pytest.mark.parametrize(("text", "head_dim", "dtype", "where"), with_gpu(("iso3", 80, "float16"), ("rotor1", 64, "float32")))
+@pytest.mark.parametrize(
+    ("text", "head_dim", "dtype", "where"), with_gpu(("iso3", 80, "float16"), ("rotor1", 64, "float32"))
+)
 def test_vectors_that_are_not_numbers_stay_alone(text, head_dim, dtype, where):
     codec = codec_of(text, head_dim)
     x = vectors(head_dim, dtype, 8).reshape(1, 2, 4, head_dim)
@@ -52,8 +57,8 @@ def test_vectors_that_are_not_numbers_stay_alone(text, head_dim, dtype, where):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_kernels_compile(arch):
-    cases = [*CASES, *TABLES]
-    compile_cubin([kernel("roundtrip", codec_of(t, d), dtype, k, target_of("")) for t, d, dtype, k in cases], arch)
+    cases = [*CASES, *TABLES, *PLAIN]
+    compile_cubin([kernel("roundtrip", codec_of(t, d), dtype, k, cuda_target(arch)) for t, d, dtype, k in cases], arch)
 
 
 def test_every_knob_is_a_parameter_of_the_kernel():

@@ -39,6 +39,16 @@ CASES = [  # format, head_dim, dtype, knobs
     ("hurwitz1", 256, "float16", {"elements": 4}),
 ]
 
+PLAIN = [  # without a rotation
+    ("q8_0", 128, "float16", {}),
+    ("q8_0", 80, "float32", {"rows": 2}),  # half a block at the end
+    ("q4_0", 64, "float32", {}),
+    ("q4_0", 32, "float16", {"elements": 16}),
+    ("f16", 96, "float32", {}),
+    ("f16", 512, "float16", {}),
+    ("bf16", 64, "float16", {"elements": 4}),
+]
+
 
 def with_gpu(*cases):
     """Every case on the simulated GPU, and on a real one where there is one."""
@@ -86,9 +96,11 @@ def vectors(head_dim: int, dtype: str, count: int, seed: int = 0) -> np.ndarray:
 
 def encode(codec, x: np.ndarray, knobs: dict, where: str) -> EncodedKV:
     """``quantize`` of x [n, d] into poisoned outputs."""
-    codes, gain = np.full(x.shape, 255, np.uint8), np.full((len(x), 1), np.nan, np.float16)
+    codes = np.full(x.shape, 255, np.uint16 if codec.format.bits == 16 else np.uint8)
+    gain = np.full((len(x), max(1, codec.gains_per_vector)), np.nan, np.float16)
     func = kernel("quantize", codec, str(x.dtype), knobs, target_of(where))
-    return EncodedKV(*run(func, where, x, codec.coefficients, codes, gain)[2:])
+    codes, gain = run(func, where, x, codec.coefficients, codes, gain)[2:]
+    return EncodedKV(codes, gain[:, : codec.gains_per_vector])
 
 
 def compile_cubin(functions, arch: str) -> None:

@@ -1,0 +1,215 @@
+"""A whole model on CUDA: decode steps as CUDA graphs, prompts, and how much fits; beside it our f16 cache and torch."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from rotquant_tvm.errors import DeviceError, UsageError
+from rotquant_tvm.runtime import CompiledLibrary
+
+from .contender import failure
+from .decode import F16
+from .device import BenchmarkDevice, open_device
+from .e2e_model import BenchmarkModel, ModelShape
+from .e2e_step import (
+    FREE_BYTES,
+    ROOM,
+    context,
+    decode_seconds,
+    filled_session,
+    largest_batch,
+    prefill_seconds,
+    timed,
+)
+from .e2e_torch import TorchModel
+from .report import Report, Rival, Row
+from .settings import BatchShape, Settings, count
+
+TORCH = "torch"
+MOST_PROMPT = 1 << 16
+"""Tokens of all sequences together up to which prompts are timed."""
+
+
+def run(settings: Settings, shape: ModelShape | None = None) -> Report:
+    """Measure the model's steps and prompts; raises ``UsageError`` or ``DeviceError`` before anything runs."""
+    if settings.target.strip().startswith("llvm"):
+        raise UsageError("bench e2e measures on CUDA; examples/measure_cpu.py measures a model on a CPU")
+    device = open_device(settings.target, settings.samples)
+    report = Report("e2e", device.name, device.bandwidth(), "CUDA events")
+    settings.progress("e2e: import the model")
+    model = BenchmarkModel(shape or ModelShape(), device.target)
+    libraries: dict[str, CompiledLibrary | Exception] = {}
+    for name in dict.fromkeys([F16, *settings.kv_caches]):
+        settings.progress(f"e2e: compile {name}")
+        libraries[name] = _attempt(lambda name=name: model.compiled(name).library("cuda", model.weights))
+    for case in settings.shapes:
+        report.rows += _decode(model, libraries, settings, case)
+        if case.batch * case.tokens <= MOST_PROMPT:
+            report.rows += _prefill(model, libraries, settings, case)
+        device.free()
+    report.notes.append(f"{model.shape.name}: {model.weight_bytes / 1e9:.2f} GB of weights, random")
+    for tokens in sorted({case.tokens for case in settings.shapes}):
+        report.notes += _capacities(device, libraries, settings, tokens)
+    return report
+
+
+def _decode(model: BenchmarkModel, libraries: dict[str, Any], settings: Settings, shape: BatchShape) -> list[Row]:
+    case = f"{shape.name} decode"
+    settings.progress(f"e2e: {case} {TORCH}")
+    seconds = {TORCH: _attempt(lambda: _torch_decode(model, shape, settings.samples))}
+    nbytes = {}
+    for name, library in libraries.items():
+        settings.progress(f"e2e: {case} {name}")
+        if isinstance(library, CompiledLibrary):
+            read = library.info.bytes_per_token * context(library, shape) * shape.batch
+            nbytes[name] = int(model.step_bytes(shape.batch) + read)
+        seconds[name] = _attempt(lambda library=library: _our_decode(library, shape, settings.samples))
+    return _rows(case, seconds, nbytes)
+
+
+def _prefill(model: BenchmarkModel, libraries: dict[str, Any], settings: Settings, shape: BatchShape) -> list[Row]:
+    case = f"{shape.name} prefill"
+    samples = max(2, settings.samples // 4)
+    settings.progress(f"e2e: {case} {TORCH}")
+    seconds = {TORCH: _attempt(lambda: _torch_prefill(model, shape, samples))}
+    for name, library in libraries.items():
+        settings.progress(f"e2e: {case} {name}")
+        seconds[name] = _attempt(lambda library=library: prefill_seconds(_whole(library), shape, samples))
+    rows = shape.batch * shape.tokens
+    sizes = model.shape
+    attention = 2.0 * rows * shape.tokens * sizes.heads * sizes.head_dim * sizes.layers
+    flops = model.flops(rows, shape.batch) + attention
+    return _rows(case, seconds, {}, lambda time: f"{flops / time / 1e12:.0f} TFLOP/s, {rows / time:,.0f} tokens/s")
+
+
+def _rows(
+    case: str,
+    seconds: dict[str, Any],
+    nbytes: dict[str, int],
+    remark: Callable[[float], str] = lambda time: f"{1 / time:.1f} steps/s",
+) -> list[Row]:
+    """A row per cache, with our own f16 cache and torch as its rivals."""
+    others = {f"our {F16}": seconds[F16], TORCH: seconds[TORCH]}
+    rivals = [
+        Rival(name, time, nbytes=nbytes.get(F16)) if isinstance(time, float) else Rival(name, None, failure(time).note)
+        for name, time in others.items()
+    ]
+    rows = []
+    for name, time in seconds.items():
+        if name == TORCH:
+            continue
+        beside = tuple(rival for rival in rivals if name != F16 or rival.name == TORCH)
+        if isinstance(time, float):
+            bound = "read" if name in nbytes else None
+            rows.append(Row(case, name, time, nbytes.get(name, 0), bound, beside, note=remark(time)))
+        elif isinstance(time, NoRoom):
+            rows.append(Row(case, name, None, 0, None, beside, note=str(time), refused=True))
+        else:
+            rows.append(Row.without_time(case, name, time))
+    return rows
+
+
+class NoRoom(DeviceError):
+    """A cache is larger than the device's free memory."""
+
+
+def _our_decode(library: Any, shape: BatchShape, samples: int) -> float:
+    library = _whole(library)
+    needed = library.info.cache_bytes(shape.batch, context(library, shape) + ROOM)
+    if needed > _free_bytes() - FREE_BYTES:
+        raise NoRoom(f"no room: the cache takes {needed / 1e9:.1f} GB, {_free_bytes() / 1e9:.1f} GB are free")
+    return decode_seconds(filled_session(library, shape), samples)
+
+
+def _torch_decode(model: BenchmarkModel, shape: BatchShape, samples: int) -> float:
+    """Median seconds of torch's step, as replays of a CUDA graph."""
+    import statistics
+
+    import torch
+
+    needed = 2 * 2 * shape.batch * shape.tokens * model.shape.layers * model.shape.kv_heads * model.shape.head_dim
+    if needed > _free_bytes() - FREE_BYTES:
+        raise NoRoom(f"no room: the cache takes {needed / 1e9:.1f} GB, {_free_bytes() / 1e9:.1f} GB are free")
+    ours = TorchModel(model, shape.batch, shape.tokens)
+    ids = torch.zeros((shape.batch, 1), dtype=torch.int64, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        ours.decode(ids)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.decode(ids)
+    timed(graph.replay)
+    return statistics.median(timed(graph.replay) for _ in range(samples))
+
+
+def _torch_prefill(model: BenchmarkModel, shape: BatchShape, samples: int) -> float:
+    import statistics
+
+    import torch
+
+    ours = TorchModel(model, shape.batch, shape.tokens)
+    ids = torch.randint(0, model.shape.vocabulary, (shape.batch, shape.tokens), device="cuda")
+    timed(lambda: ours.prefill(ids))
+    return statistics.median(timed(lambda: ours.prefill(ids)) for _ in range(samples))
+
+
+def _capacities(device: BenchmarkDevice, libraries: dict[str, Any], settings: Settings, tokens: int) -> list[str]:
+    """How many sequences of a length fit with each cache: computed from the bytes, and tried with a decode step."""
+    lines = []
+    for name, library in libraries.items():
+        if not isinstance(library, CompiledLibrary):
+            continue
+        device.free()
+        shape = BatchShape(largest_batch(library, min(tokens, library.info.max_position), _free_bytes()), tokens)
+        settings.progress(f"e2e: largest batch of {count(tokens)}, {name}")
+        tried = _attempt(lambda library=library, shape=shape: _one_step(library, shape)) if shape.batch else None
+        result = "no room" if not shape.batch else "ran" if tried is None else failure(tried).note
+        lines.append(f"{count(tokens)} tokens, {name}: {shape.batch} sequences fit by their bytes ({result})")
+    return lines
+
+
+def _one_step(library: CompiledLibrary, shape: BatchShape) -> None:
+    import numpy as np
+
+    tokens = context(library, shape)
+    session = library.session(shape.batch, min(shape.tokens, library.info.max_position))
+    session.cache.assume(np.full(shape.batch, min(tokens, session.capacity - 1)))
+    session.decode(np.zeros(shape.batch, np.int64))
+
+
+def _whole(library: Any) -> CompiledLibrary:
+    if isinstance(library, Exception):
+        raise library
+    return library
+
+
+def _attempt(call: Callable[[], Any]) -> Any:
+    """What a call returns, or the error that it raises: one configuration's failure is a row, not the end."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+    finally:
+        _collect()
+
+
+def _collect() -> None:
+    """Give memory back that nothing uses any more."""
+    import torch
+    import tvm
+
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    clear = tvm.get_global_func("vm.builtin.memory_manager.clear", allow_missing=True)
+    if clear is not None:
+        clear()
+
+
+def _free_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])

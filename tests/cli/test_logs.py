@@ -1,0 +1,136 @@
+"""``tvmc logs``: lists, checks and merges."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rotquant_tvm.kv_cache_config import KVCacheConfig
+from rotquant_tvm.target import resolve_target
+from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
+from rotquant_tvm.tuning.log_folders import user_logs
+from rotquant_tvm.tuning.log_store import read_log, write_log
+from rotquant_tvm.tuning.task_sources import pass_definitions
+from rotquant_tvm.tuning.tuning_task import tuning_tasks
+
+from ..tuning.conftest import write_results
+
+
+@pytest.fixture(autouse=True)
+def only_these_logs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr("rotquant_tvm.tuning.log_folders.packaged_logs", lambda: tmp_path / "packaged")
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    target = resolve_target("llvm -mcpu=x86-64-v3")
+    definitions = pass_definitions(
+        bare_model(AttentionHeads(4, 2, 64, "float32")), KVCacheConfig.parse("hurwitz3"), target
+    )
+    return tuning_tasks(definitions, target)
+
+
+@pytest.fixture
+def log(tasks, tmp_path) -> Path:
+    return write_results(tmp_path / "logs", (tasks[0], {"splits": 2}, 0.5), (tasks[1], {}, 1.0))
+
+
+def test_a_list_tells_devices_and_records(tvmc, log):
+    ended = tvmc("logs", "list", log.parent)
+    assert ended.status == 0 and "a CPU (x86-64-v3)" in ended.out
+    line = next(line for line in ended.out.splitlines() if "splits=2" in line)
+    assert "1x1K" in line and "2.00×" in line and "hurwitz3 4/2x64 float32" in line
+    assert "the rule's own" in ended.out
+    (document,) = tvmc("logs", "list", log, "--json").document["logs"]
+    assert document["device"]["slug"] == "llvm-x86-64-v3" and len(document["records"]) == 2
+    assert [record["stale"] for record in document["records"]] == [False, False]
+
+
+def test_without_a_path_the_logs_that_a_compile_sees(tvmc, log, tmp_path):
+    assert "tvmc tune makes one" in tvmc("logs", "list").out
+    assert tvmc("logs", "check").status == 0
+    shutil.copytree(log, user_logs() / log.name)
+    shutil.copytree(log, tmp_path / "packaged" / log.name)
+    folders = [entry["folder"] for entry in tvmc("logs", "list", "--json").document["logs"]]
+    assert folders == [str(user_logs() / log.name), str(tmp_path / "packaged" / log.name)]
+
+
+def test_stale_records_are_marked_and_fail_the_check(tvmc, log):
+    found = read_log(log)
+    first, *rest = found.entries
+    old = replace(first, record=replace(first.record, kernel_hash="0" * 16))
+    write_log(log, replace(found, entries=(old, *rest)))
+    assert sum("stale" in line.split() for line in tvmc("logs", "list", log).out.splitlines()) == 1
+    ended = tvmc("logs", "check", log)
+    assert ended.status == 1 and "the kernel has changed since" in ended.out and ended.err == ""
+
+
+def test_a_check_is_a_document_with_json(tvmc, log):
+    ended = tvmc("logs", "check", log.parent, "--json")
+    assert ended.status == 0 and ended.document == {"logs": [{"folder": str(log), "problems": []}]}
+    (log / "database_workload.json").unlink()
+    ended = tvmc("logs", "check", log.parent, "--json")
+    assert ended.status == 1 and "no tuning log" in ended.document["logs"][0]["problems"][0]
+
+
+def test_merging_keeps_the_faster(tvmc, log, tasks, tmp_path):
+    other = write_results(tmp_path / "other", (tasks[0], {"splits": 8}, 0.25), (tasks[1], {"splits": 4}, 2.0))
+    ended = tvmc("logs", "merge", log.parent, other, "-o", tmp_path / "merged", "--json")
+    assert ended.status == 0, ended.err
+    merged = read_log(tmp_path / "merged" / log.name)
+    assert sorted((r.seconds, tuple(r.knobs.items())) for r in merged.records) == [(0.25, (("splits", 8),)), (1.0, ())]
+    assert tvmc("logs", "check", tmp_path / "merged").status == 0
+    assert ended.document["logs"] == [{"folder": str(tmp_path / "merged" / log.name), "records": 2}]
+
+
+def test_merging_into_a_folder_with_logs_adds_to_them(tvmc, log, tasks, tmp_path):
+    other = write_results(tmp_path / "other", (tasks[0], {"splits": 8}, 0.25))
+    assert tvmc("logs", "merge", other, "-o", log.parent).status == 0
+    assert {record.seconds for record in read_log(log).records} == {0.25, 1.0}
+
+
+def test_logs_of_two_devices_are_not_mixed(tvmc, log, tasks, tmp_path):
+    other = write_results(tmp_path / "other", (tasks[0], {"splits": 8}, 0.25))
+    manifest = other / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["device"]["name"] = "another CPU"
+    manifest.write_text(json.dumps(document))
+    before = (log / "manifest.json").read_text()
+    ended = tvmc("logs", "merge", other, "-o", log.parent)
+    assert ended.status == 2 and "another CPU" in ended.error and "do not compare" in ended.error
+    assert (log / "manifest.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (("merge", "LOG"), "-o DIR"),
+        (("merge", "-o", "OUT"), "the folders to merge"),
+        (("merge", "LOG", "-o", "LOG"), "the log of one device"),
+        (("list", "-o", "OUT"), "takes no -o"),
+        (("list", "NOTHING"), "no folder"),
+        (("check", "EMPTY"), "has no tuning log"),
+        (("forget",), "forget"),
+        ((), "action"),
+    ],
+)
+def test_bad_arguments(tvmc, log, tmp_path, arguments, fragment):
+    (tmp_path / "empty").mkdir()
+    paths = {"LOG": log, "OUT": tmp_path / "out", "NOTHING": tmp_path / "nothing", "EMPTY": tmp_path / "empty"}
+    ended = tvmc("logs", *(paths.get(word, word) for word in arguments))
+    assert ended.status == 2 and fragment in ended.error and not (tmp_path / "out").exists()
+
+
+def test_the_packaged_logs_are_sound(tvmc, monkeypatch):
+    """Those in the repository: every file agrees, whether or not a kernel has changed since."""
+    from rotquant_tvm.tuning.log_check import STALE, log_problems
+    from rotquant_tvm.tuning.log_folders import log_folders
+
+    root = Path(__file__).parents[2] / "tuning_logs"
+    for folder in log_folders(root):
+        assert [problem for problem in log_problems(folder) if not problem.endswith(STALE)] == []

@@ -1,0 +1,84 @@
+"""Checking a log finds every way in which its files can disagree."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from tvm.target import Target
+
+from rotquant_tvm.tuning import log_check
+from rotquant_tvm.tuning.log_check import STALE, is_stale, log_problems
+from rotquant_tvm.tuning.log_folders import MANIFEST_FILE, RECORD_FILE
+from rotquant_tvm.tuning.log_store import read_log, write_log
+
+
+@pytest.fixture
+def folder(log_of, task, tmp_path):
+    return log_of(tmp_path, (task, {"splits": 4}, 0.5))
+
+
+def edit(folder, **changes):
+    """Change the one record in the manifest."""
+    path = folder / MANIFEST_FILE
+    document = json.loads(path.read_text())
+    document["records"][0] |= changes
+    path.write_text(json.dumps(document))
+
+
+def test_a_log_as_tuning_leaves_it_has_no_problem(folder):
+    assert log_problems(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"knobs": {"splits": 8}}, "its trace chooses {'splits': 4}, the manifest says {'splits': 8}"),
+        ({"seconds": 0.25}, "the manifest says 0.25"),
+        ({"operator": "attention_prefill"}, "another kernel than the manifest says"),
+        ({"rule": "attention_decode_gpu"}, "no rule attention_decode_gpu any more"),
+        ({"kernel_hash": "0" * 16}, STALE),
+    ],
+)
+def test_what_disagrees_is_named(folder, changes, message):
+    edit(folder, **changes)
+    (problem,) = log_problems(folder)
+    assert message in problem and problem.startswith("record 0 (")
+
+
+def test_knobs_that_the_rule_has_no_more(folder, monkeypatch):
+    monkeypatch.setattr(log_check, "knob_values", lambda rule: {"splits": (1, 2)})
+    (problem,) = log_problems(folder)
+    assert "does not know splits=4" in problem
+
+
+def test_a_folder_by_another_name(folder):
+    moved = folder.parent / "nvidia-h100"
+    folder.rename(moved)
+    assert "called nvidia-h100, and its device llvm-x86-64-v3" in log_problems(moved)[0]
+
+
+def test_another_layout(folder):
+    write_log(folder, replace(read_log(folder), layout_version=0))
+    assert "layout 0" in log_problems(folder)[0]
+
+
+def test_a_line_that_tvm_cannot_read(folder):
+    path = folder / RECORD_FILE
+    path.write_text(path.read_text().replace("Annotate", "Anotate"))
+    problems = log_problems(folder)
+    assert any("cannot read" in problem for problem in problems)
+
+
+def test_a_folder_that_is_no_log(tmp_path):
+    (problem,) = log_problems(tmp_path)
+    assert str(tmp_path) in problem
+
+
+def test_staleness(folder, llvm):
+    log = read_log(folder)
+    (entry,) = log.entries
+    assert not is_stale(entry, Target(dict(log.target)))
+    assert is_stale(replace(entry, record=replace(entry.record, kernel_hash="0" * 16)), llvm)
+    assert is_stale(replace(entry, record=replace(entry.record, rule="other")), llvm)
