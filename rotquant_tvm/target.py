@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -41,7 +40,7 @@ def _parse(text: str) -> tvm.target.Target:
         return host_target()
     if text == "cuda":
         try:
-            return _with_hopper_instructions(tvm.target.Target.from_device("cuda"))
+            return tvm.target.Target.from_device("cuda")
         except Exception as error:
             raise DeviceError(
                 "target 'cuda' means the GPU at hand and there is none here; name one, like "
@@ -51,13 +50,6 @@ def _parse(text: str) -> tvm.target.Target:
         return tvm.target.Target(_attributes(text) if " " in text and not text.startswith("{") else text)
     except Exception as error:
         raise UsageError(f"unknown target '{text}': {_last_line(error)}") from error
-
-
-def _with_hopper_instructions(target: tvm.target.Target) -> tvm.target.Target:
-    """The target of a device of compute capability 9.0 with the instructions that later ones do not have."""
-    if target.attrs.get("arch") != "sm_90":
-        return target
-    return tvm.target.Target(json.loads(str(target)) | {"arch": "sm_90a"})
 
 
 def _attributes(text: str) -> dict[str, Any]:

@@ -16,16 +16,35 @@ from .cuda_target import compute_capability, dynamic_shared_memory
 from .knobs import chosen_knobs
 from .tile_codes_cuda import supported
 
-KNOBS: dict[str, tuple[int, ...]] = {"warps": (4, 8, 12, 16), "blocks_per_sm": (1, 2, 3)}
-DEFAULTS = {"warps": 8, "blocks_per_sm": 2}
+KNOBS: dict[str, tuple[int, ...]] = {"warps": (4, 8, 12, 16), "blocks_per_sm": (1, 2, 3), "single": (0, 1)}
+"""Warps per block at most; blocks that a multiprocessor should hold; whether single tokens have their own launch."""
+DEFAULTS = {"warps": 8, "blocks_per_sm": 2, "single": 0}
 PROCESSORS = {80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 120: 170}
 """Streaming multiprocessors of the largest GPU of an architecture."""
 
 
+_HURWITZ = {64: (1, 2, 3), 96: (1, 2), 128: (3,)}
+CHECKED = {
+    *((role, "hurwitz", bits, "float16", d) for role in "kv" for d, widths in _HURWITZ.items() for bits in widths),
+    *((role, "none", 16, "float32", 64) for role in "kv"),
+    *(("k", rotation, bits, "float32", 80) for rotation, bits in (("iso", 4), ("rotor", 3))),
+    *(("v", rotation, bits, "float32", 80) for rotation, bits in (("planar", 2), ("rotor", 1))),
+}
+"""(role, rotation, bits, dtype, head_dim) whose results have been compared with the reference on a GPU."""
+
+
 def append_cuda(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
-    """The rule: the kernel for a definition that carries its ``SiteShape``; None for formats that it lacks."""
+    """The rule: the kernel for a definition that carries its ``SiteShape``, if it is one of those ``CHECKED``."""
     shape = SiteShape.of(func)
-    return None if shape is None else append_kernel(shape, target, **chosen_knobs(func))
+    if shape is None:
+        return None
+    formats = [codec.format for codec in shape.codecs()]
+    if any(fmt.codebook not in ("lloyd", "half") for fmt in formats):
+        return None
+    found = [(r, f.rotation, f.bits, shape.dtype, shape.head_dim) for r, f in zip("kv", formats, strict=True)]
+    if not set(found) <= CHECKED:
+        return None
+    return append_kernel(shape, target, **chosen_knobs(func))
 
 
 def append_kernel(shape: SiteShape, target: tvm.target.Target, **knobs: int) -> tvm.tirx.PrimFunc | None:
@@ -60,7 +79,7 @@ def append_kernel(shape: SiteShape, target: tvm.target.Target, **knobs: int) -> 
         lengths = tuple(T.arg(name, T.buffer((batch,), "int32")) for name in ("lengths", "new_lengths"))
         arguments = (cache, source, rotations, lengths)
         token_launch = TokenAppend(layout, codecs, shape.dtype)
-        if not token_launch.possible:
+        if not (chosen["single"] and token_launch.possible):
             tiles_launch.launch(*arguments, resident)
         else:
             with T.If(seq == 1):

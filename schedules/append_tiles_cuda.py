@@ -1,7 +1,6 @@
-"""Append of many tokens on CUDA: every warp writes whole tiles, keys in one half of the thread blocks and values in the
-other.
+"""Append of many tokens on CUDA: every warp writes whole tiles.
 
-Blocks stay and take tile after tile, since each multiplies out a rotation first (``tile_rotation_cuda``). While a warp
+One half of the thread blocks writes keys, the other one values. Blocks stay and take tile after tile, since each multiplies out a rotation first (``tile_rotation_cuda``). While a warp
 encodes half a tile, the next two halves of its own are being copied.
 """
 
@@ -30,8 +29,8 @@ class TileAppend:
     ) -> None:
         """Plan it, emitting nothing.
 
-        ``warps``: at most so many to a block. ``blocks``: how many the GPU should hold at once. ``limit``: bytes of shared
-        memory that a block may have.
+        ``warps``: at most so many to a block. ``blocks``: how many the GPU should hold at once. ``limit``: bytes of
+        shared memory that a block may have.
         """
         self.layout, self.codecs, self.dtype = layout, codecs, dtype
         self.rotations = [TileRotation(codec, dtype, role) for role, codec in zip("kv", codecs, strict=True)]

@@ -23,24 +23,24 @@ from rotquant_tvm.ops.segments import segment_arguments
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .cuda_ops import Registers, f32, half2, i32, load_words, scalar
+from .cuda_target import dynamic_shared_memory, has_bulk_copies, multiprocessors
 from .decode_softmax_cuda import Weights, merge_warps, merge_words
 from .knobs import chosen_knobs
 from .merge_splits_cuda import Partials, arrives_last, normalized
 from .packed_stream_cuda import PackedStream, Share, integer
 from .plain_rows_cuda import PlainRows
 from .query_rotation_cuda import SharedRows, few_taps
-from .tile_ring_cuda import TileRing, has_bulk_copies
+from .tile_ring_cuda import TileRing
 
 Expr = Any
 KNOBS: dict[str, tuple[int, ...]] = {
     "warps": (4, 8, 16),
-    "stages": (2, 3, 4),
+    "stages": (1, 2, 3, 4),
     "blocks": (132, 264, 396, 528),
     "resident": (0, 2, 3, 4),
 }
 """Warps per block; tiles in flight per warp; blocks that a launch aims at; blocks per multiprocessor that the compiler
 must leave registers for (0: no matter)."""
-DEFAULTS = {"warps": 8, "stages": 3, "blocks": 264}
 FORMATS = ("lloyd", "half", "linear")
 ARRIVALS = 1 << 16
 
@@ -64,23 +64,33 @@ def build(shape: SiteShape, target: tvm.target.Target, **knobs: int) -> tir.Prim
         return None
     if shape.rotated and not all(few_taps(codec.rotation.structure) for codec in codecs):
         return None
-    return _Kernel(shape, target, {**DEFAULTS, **knobs}).build()
+    return _Kernel(shape, target, knobs).build()
+
+
+def default_knobs(shape: SiteShape, target: tvm.target.Target) -> dict[str, int]:
+    """What the rule chooses: as many warps as a multiprocessor has registers for, in one wave of blocks."""
+    if shape.group <= 4 and shape.head_dim <= 128:
+        warps, resident = 8, 2  # at most 128 registers a lane
+    else:
+        warps, resident = 4, 3 if shape.head_dim <= 128 else 2
+    return {"warps": warps, "stages": 2, "blocks": resident * multiprocessors(target), "resident": resident}
 
 
 class _Kernel:
-    def __init__(self, shape: SiteShape, target: tvm.target.Target, knobs: dict[str, int]) -> None:
+    def __init__(self, shape: SiteShape, target: tvm.target.Target, chosen: dict[str, int]) -> None:
+        knobs = default_knobs(shape, target) | chosen
         self.shape, self.policy = shape, shape.cache_policy
         self.codecs = shape.codecs()
         self.layout = TileLayout(self.codecs[0].format, self.codecs[1].format, shape.head_dim)
         self.warps, self.blocks = knobs["warps"], knobs["blocks"]
+        # A choice of warps without one of blocks is not held to the rule's registers.
+        self.resident = knobs["resident"] if "warps" not in chosen or "resident" in chosen else 0
         self.head_blocks = -(-shape.group // 8)
         self.rows = -(-shape.group // self.head_blocks)
         self.streams = shape.kv_heads * self.head_blocks
         self.narrow = self.rows <= 4
-        # Two blocks of eight warps leave 128 registers, enough where a lane's operands are not twice as many.
-        self.resident = knobs.get("resident", 2 if self.narrow and shape.head_dim <= 128 and self.warps == 8 else 0)
         self.bulk = has_bulk_copies(target)
-        self.limit = int(target.attrs.get("max_shared_memory_per_block", 49152))
+        self.limit = dynamic_shared_memory(target)
         self.tile_words = self.layout.tile_bytes // 4
         self.stages = self._stages(knobs["stages"])
         self.batch, self.tiles = tir.Var("batch", "int64"), tir.Var("tiles", "int64")

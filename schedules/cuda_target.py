@@ -10,6 +10,9 @@ DYNAMIC_SHARED = {70: 96, 72: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 
 """KiB that a block may ask for, by compute capability; newer ones than these have at least ``OTHER_SHARED``."""
 OTHER_SHARED = 99
 
+MULTIPROCESSORS = {80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 120: 170}
+"""Streaming multiprocessors of the largest GPU of a compute capability."""
+
 
 def compute_capability(target: Target) -> int:
     """10 · major + minor of the target's architecture, 0 if it names none."""
@@ -29,3 +32,13 @@ def dynamic_shared_memory(target: Target) -> int:
     if capability < min(DYNAMIC_SHARED):
         return said
     return 1024 * DYNAMIC_SHARED.get(capability, OTHER_SHARED)
+
+
+def multiprocessors(target: Target) -> int:
+    """How many streaming multiprocessors the target's GPU is taken to have."""
+    return MULTIPROCESSORS.get(compute_capability(target), 132)
+
+
+def has_bulk_copies(target: Target) -> bool:
+    """Whether the GPU copies asynchronously in bulk (sm_90 and newer)."""
+    return compute_capability(target) >= 90

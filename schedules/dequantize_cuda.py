@@ -13,13 +13,13 @@ from rotquant_tvm.ops.site_shape import OP_ATTR
 from rotquant_tvm.ops.vector_code import rotation_size
 
 from .code_rows_cuda import code_rows
-from .cuda_ops import WARP, block_sync, scalar
-from .held_rotation_cuda import HeldRotation
+from .cuda_ops import block_sync
+from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOB, HeldRotation, load_rotations
 from .knobs import chosen_knobs
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **ROW_KNOBS}
-"""Elements per lane and vector, and the loop over rows."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "weights": WEIGHT_KNOB, **ROW_KNOBS}
+"""Elements per lane and vector; registers for the rotation's weights; and the loop over rows."""
 
 
 def dequantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
@@ -29,14 +29,14 @@ def dequantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFun
 
 
 def build(
-    shape: CodecShape, target: Target, *, elements: int = 8, **loop_knobs: int
+    shape: CodecShape, target: Target, *, elements: int = 8, weights: int = REGISTER_WEIGHTS, **loop_knobs: int
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.dequantize``; None if there is none. For knobs see ``KNOBS``."""
     rows_of = code_rows(shape, elements)
     if rows_of is None:
         return None
     lanes = rows_of.lanes
-    inverse = HeldRotation(lanes, shape.structure[::-1])
+    inverse = HeldRotation(lanes, shape.structure[::-1], budget=weights)
     head_dim, size = shape.head_dim, rotation_size(shape.structure, shape.head_dim)
     n = tir.Var("n", "int64")
     loop = RowLoop(n, lanes.groups, target, **loop_knobs)
@@ -47,15 +47,15 @@ def build(
         gain = T.arg("gain", T.buffer((n, shape.gain_columns), "float16"))
         rotation = T.arg("rotation", T.buffer((size,), "float32"))
         y = T.arg("y", T.buffer((n, head_dim), shape.dtype))
-        block_axis, thread_axis = loop.axes()
-        with block_axis as block, thread_axis as thread:
+        with loop.launch() as (block, thread):
             lane, group = lanes.place(thread)
             sources = [rows_of(lane) for _ in range(loop.rows)]
 
             def prepare() -> None:
-                inverse.load(rotation, lane, scalar(thread // WARP), scalar(thread % WARP), loop.warps)
                 rows_of.fill(thread)
-                block_sync()
+                inverse.place(lane)
+                if load_rotations([(inverse, rotation)], thread, loop.warps):
+                    block_sync()
 
             loop.start(block, thread, group, lambda k, row: sources[k].load(codes, gain, row, loop.read), prepare)
 
@@ -63,7 +63,7 @@ def build(
                 vectors = [source.values() for source in sources]
                 loop.read_next()
                 decoded = inverse.apply(vectors)
-                loop.each_row(lambda k, row: lanes.store(list(decoded[k]), y, [row], lane))
+                loop.each_row(lambda k, row: lanes.store(list(decoded[k]), y, [row], lane, loop.write))
 
             loop.run(work)
     return builder.get()

@@ -36,7 +36,7 @@ class BlockCentre:
     def take(
         self, centre: Any, block: tuple[Expr, Expr, Expr], begun: Expr, span: tuple[Expr, Expr], thread: Expr
     ) -> None:
-        """Take the mean of ``span`` = (first row, count) and store it; of a block that was ``begun`` read the stored one.
+        """Take the mean of ``span`` = (first row, count) and store it; read the stored one if the block was ``begun``.
 
         For all threads, which have waited for the rows; they have waited for each other when it is done.
         """

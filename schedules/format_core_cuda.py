@@ -5,6 +5,7 @@ from __future__ import annotations
 from rotquant_tvm.formats import LINEAR_BLOCK
 from rotquant_tvm.ops.codec_shape import CodecShape
 
+from .held_rotation_cuda import REGISTER_WEIGHTS
 from .linear_core_cuda import HalfCore, LinearCore
 from .vector_core_cuda import VectorCore
 from .vector_lanes_cuda import ITEM_BYTES, VectorLanes
@@ -13,17 +14,22 @@ FormatCore = VectorCore | LinearCore | HalfCore
 
 
 def format_core(
-    shape: CodecShape, elements: int, *, codes: bool, table: bool | None = None
+    shape: CodecShape,
+    elements: int,
+    *,
+    codes: bool,
+    table: bool | None = None,
+    weights: int = REGISTER_WEIGHTS,
 ) -> FormatCore | None:
     """Plan the core of a format, with about ``elements`` elements to a lane; None if there is none.
 
-    ``codes`` and ``table`` are those of ``VectorCore``.
+    ``codes``, ``table`` and ``weights`` are those of ``VectorCore``.
     """
     if shape.dtype not in ITEM_BYTES:
         return None
     lanes = VectorLanes.choose(shape.head_dim, shape.dtype, elements)
     if VectorCore.possible(shape, lanes):
-        return VectorCore(shape, lanes, codes=codes, table=table)
+        return VectorCore(shape, lanes, codes=codes, table=table, weights=weights)
     if HalfCore.possible(shape, lanes):
         return HalfCore(shape, lanes)
     if shape.codebook == "linear":

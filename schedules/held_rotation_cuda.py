@@ -12,7 +12,7 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from .cuda_ops import Registers, load_words, store_words
+from .cuda_ops import WARP, Registers, block_sync, load_words, store_words
 from .rotation_taps_cuda import LayerTaps
 from .vector_lanes_cuda import VectorLanes
 
@@ -20,6 +20,10 @@ Expr = Any
 Structure = Sequence[tuple[int, int]]
 REGISTER_WEIGHTS = 96
 """How many registers a lane may keep weights in; layers beyond are kept in shared memory."""
+WEIGHT_KNOB = (32, 64, 96, 128)
+"""Values of a knob for that number."""
+STATIC_FLOATS = 8 * 1024
+"""Up to how many floats of shared memory are declared; a launch has to ask for more."""
 
 
 class HeldRotation:
@@ -38,7 +42,7 @@ class HeldRotation:
         self._skip = set(skip)
         self._in_registers = self._choose(budget)
         self._registers: dict[int, Registers] = {}
-        self._shared: dict[int, Any] = {}
+        self._shared: dict[int, tuple[Any, int]] = {}
         self._lane: Expr = None
 
     @staticmethod
@@ -60,8 +64,13 @@ class HeldRotation:
         return sum(self.layers[k].weights for k in (self._in_registers if layers is None else layers))
 
     @property
+    def waits(self) -> bool:
+        """Whether ``load`` waits for the block, and so for what its threads wrote before."""
+        return len(self._skip) < len(self.layers)
+
+    @property
     def uses_shared(self) -> bool:
-        """Whether ``load`` writes shared memory: the block must be waited for between it and ``apply``."""
+        """Whether weights are in shared memory: the block must be waited for between ``load`` and ``apply``."""
         return len(self._in_registers | self._skip) < len(self.layers)
 
     def inverse(self, budget: int = REGISTER_WEIGHTS) -> HeldRotation:
@@ -74,32 +83,58 @@ class HeldRotation:
     def _mirrored(self, index: int) -> bool:
         return self.layers[index].local and index in self._in_registers
 
-    def load(self, coefficients: Any, lane: Expr, warp: Expr, thread_lane: Expr, warps: int) -> None:
-        """Read the weights; ``coefficients`` is ``Rotation.data``.
+    @property
+    def _staged_floats(self) -> int:
+        return max((layer.staged_floats for k, layer in enumerate(self.layers) if k not in self._skip), default=0)
 
-        ``lane`` is counted within a vector, ``thread_lane`` within the warp, ``warp`` within the block of ``warps``.
+    @property
+    def shared_floats(self) -> tuple[int, int]:
+        """Floats of shared memory: those that ``load`` needs for itself, and those that weights stay in."""
+        kept = set(range(len(self.layers))) - self._in_registers - self._skip
+        return self._staged_floats, self.register_weights(kept) * self.lanes.lanes
+
+    def place(self, lane: Expr) -> None:
+        """Say which of its vector's lanes a thread is."""
+        self._lane = lane
+
+    def load(self, coefficients: Any, thread: Expr, warps: int, shared: Any, kept: int) -> None:
+        """Read the weights, after ``place``; ``coefficients`` is ``Rotation.data``.
+
+        ``thread``: the thread's number in the block of ``warps``. ``shared``: float32 shared memory, of which the first
+        floats are for ``load`` itself and those from ``kept`` on for weights (``shared_floats``).
         """
-        self._lane, offset = lane, 0
+        offset, first = 0, True
         for index, layer in enumerate(self.layers):
-            if index in self._in_registers:
-                self._registers[index] = Registers(layer.weights, "float32")
-                layer.load_weights(self._registers[index], coefficients, offset, lane)
-            elif index not in self._skip:
-                self._shared[index] = T.alloc_buffer((layer.weights * self.lanes.lanes,), "float32", scope="shared")
-                with T.If(tir.all(warp == index % warps, thread_lane < self.lanes.lanes)), T.Then():
-                    self._fill(index, coefficients, offset, lane)
+            if index not in self._skip:
+                if not first:
+                    block_sync()
+                layer.stage(shared, coefficients, offset, thread, warps * WARP)
+                block_sync()
+                if index in self._in_registers:
+                    self._registers[index] = Registers(layer.weights, "float32")
+                    layer.load_weights(self._registers[index], shared, self._lane)
+                else:
+                    self._shared[index] = shared, kept
+                    kept += layer.weights * self.lanes.lanes
+                    with T.If(tir.all(thread // WARP == index % warps, thread % WARP < self.lanes.lanes)), T.Then():
+                        self._keep(index)
+                first = False
             offset += layer.block * self.lanes.head_dim
 
-    def _fill(self, index: int, coefficients: Any, offset: int, lane: Expr) -> None:
-        layer = self.layers[index]
+    def _keep(self, index: int) -> None:
+        """Take a layer's staged coefficients to where its weights stay."""
+        layer, lane = self.layers[index], self._lane
+        shared, first = self._shared[index]
         width = len(layer.taps)
         values = Registers(layer.weights, "float32")
-        layer.load_weights(values, coefficients, offset, lane)
+        layer.load_weights(values, shared, lane)
         for register in range(self.lanes.elements):
-            for first, count in _pieces(width):
-                at = (lane + register * self.lanes.lanes) * width + first
-                row = [values[register * width + first + k] for k in range(count)]
-                store_words(self._shared[index], [at], row, "shared")
+            for k, count in _pieces(width):
+                row = [values[register * width + k + n] for n in range(count)]
+                store_words(shared, [self._weight(first, register, width) + k], row, "shared")
+
+    def _weight(self, first: int, register: int, width: int) -> Expr:
+        return (self._lane + register * self.lanes.lanes) * width + first
 
     def apply(self, vectors: Sequence[Registers]) -> list[Registers]:
         """R x of every vector."""
@@ -122,14 +157,35 @@ class HeldRotation:
             return [self._registers[index][layer.slot(register, tap)] for tap in layer.taps]
         width = len(layer.taps)
         row = Registers(width, "float32")
-        for first, count in _pieces(width):
-            at = (self._lane + register * self.lanes.lanes) * width + first
-            load_words(row, first, self._shared[index], [at], count, "shared")
+        shared, first = self._shared[index]
+        for k, count in _pieces(width):
+            load_words(row, k, shared, [self._weight(first, register, width) + k], count, "shared")
         return list(row)
 
     def _mirrored_row(self, index: int, register: int) -> list[Expr]:
         layer = self.layers[index]
         return [self._registers[index][layer.mirror(register, tap)] for tap in layer.taps]
+
+
+def load_rotations(parts: Sequence[tuple[HeldRotation, Any]], thread: Expr, warps: int) -> bool:
+    """Load rotations from their coefficients, after ``place``; allocates shared memory for them.
+
+    Returns whether the block must be waited for before they are applied, also for what was written before.
+    """
+    parts = [(rotation, coefficients) for rotation, coefficients in parts if rotation.waits]
+    if not parts:
+        return True
+    sizes = [rotation.shared_floats for rotation, _ in parts]
+    kept = -(-max(staged for staged, _ in sizes) // 4) * 4
+    total = kept + sum(weights for _, weights in sizes)
+    scope = "shared" if total <= STATIC_FLOATS else "shared.dyn"
+    shared = T.alloc_buffer((total,), "float32", scope=scope)
+    for number, ((rotation, coefficients), (_, weights)) in enumerate(zip(parts, sizes, strict=True)):
+        if number:
+            block_sync()  # of the one before, everything has been read
+        rotation.load(coefficients, thread, warps, shared, kept)
+        kept += weights
+    return any(rotation.uses_shared for rotation, _ in parts)
 
 
 def _pieces(width: int) -> list[tuple[int, int]]:

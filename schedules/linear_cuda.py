@@ -20,21 +20,20 @@ from .dependent_launch_cuda import starts_early
 from .linear_few_rows_cuda import FewRows, emit_few_rows
 from .linear_many_rows_cuda import SLICE, ManyRows, ManyRowsTile
 from .linear_operands_cuda import CUDALinear, Operands
-from .linear_warpgroups_cuda import WarpgroupTile, has_warpgroups, warpgroup_knobs
+from .linear_warpgroups_cuda import WarpgroupTile, warpgroup_knobs
 
 __all__ = ["FEW", "MANY", "SLICE", "WARPGROUPS", "CUDALinear", "cuda_linear"]
 
-FEW = (
-    FewRows(8, tiles=1, warps=16, steps=2, stages=3),
-    FewRows(16, tiles=1, warps=8, steps=2, stages=4),
-    FewRows(32, tiles=2, warps=8, steps=2, stages=3),
-    FewRows(64, tiles=2, warps=8, steps=1, stages=4),
-)
+FEW = (FewRows(8, tiles=1, warps=16, steps=2, stages=3), FewRows(16, tiles=1, warps=8, steps=2, stages=4))
 """For few rows, in the order of how many they take."""
-MANY = (ManyRows(128, 256, 64, 64, stages=4), ManyRows(128, 128, 64, 32, stages=3))
-"""For many rows, the largest tile first."""
-WARPGROUPS = (warpgroup_knobs(128, 256, stages=4), warpgroup_knobs(128, 128, stages=4), warpgroup_knobs(64, 128))
-"""The same on Hopper's tensor cores."""
+MANY = (
+    ManyRows(128, 256, 64, 64, stages=4),
+    ManyRows(128, 128, 64, 64, stages=4),
+    ManyRows(64, 128, 32, 64, stages=4),
+)
+"""For many rows, the largest tile first; the last one fits any GPU."""
+WARPGROUPS = (warpgroup_knobs(128, 256, stages=4), warpgroup_knobs(128, 128, stages=4))
+"""The same on Hopper's tensor cores (``has_warpgroups``), to be asked for."""
 FILLED = 128
 """Blocks from which on a GPU counts as filled: a larger tile is not worth fewer."""
 
@@ -43,15 +42,13 @@ Case = tuple[Any, Callable[[], None]]
 
 @functools.cache
 def cuda_linear(
-    spec: CUDALinear, target: Target, few: tuple[FewRows, ...] = FEW, many: tuple[ManyRows, ...] | None = None
+    spec: CUDALinear, target: Target, few: tuple[FewRows, ...] = FEW, many: tuple[ManyRows, ...] = MANY
 ) -> tir.PrimFunc:
     """PrimFunc (x, weight, bias of each layer that has one, residual if any, y of each layer or of the product).
 
     ``weight``: float16 [sum of out_features, in_features]; ``in_features`` must be a multiple of 64. ``few`` and
-    ``many`` (by default the target's) are the kernels to choose from; those that need more shared memory than the
-    target has are left out.
+    ``many`` are the kernels to choose from; those that need more shared memory than the target has are left out.
     """
-    many = many or (WARPGROUPS if has_warpgroups(target) else MANY)
     limit = dynamic_shared_memory(target)
     with IRBuilder() as builder, T.prim_func(s_tir=False, is_private=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})

@@ -22,9 +22,10 @@ Place = Callable[[Expr, Expr], Expr]
 
 @dataclass(frozen=True)
 class QueryRows:
-    """The ``rows`` query rows of a block: row i is head (first + i) % group of the kv head's at token (first + i) / group.
+    """The ``rows`` query rows of a block.
 
-    ``new``: how many tokens of the chunk are real; ``seq``: how many it has room for.
+    Row i is head (first + i) % group of the kv head's at token (first + i) / group. ``new``: how many tokens of the
+    chunk are real; ``seq``: how many it has room for.
     """
 
     shape: SiteShape

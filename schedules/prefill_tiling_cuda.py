@@ -11,7 +11,13 @@ from .mma_half_cuda import row_pitch
 
 KNOBS: dict[str, tuple[int, ...]] = {"row_tiles": (1, 2), "warps": (2, 4, 8), "tokens": (32, 64, 128), "stages": (1, 2)}
 """Query rows of a warp in units of 16, warps of a block, tokens of a stage, stages that are copied ahead."""
-DEFAULTS = ({}, {"tokens": 32}, {"warps": 2}, {"warps": 2, "tokens": 32}, {"warps": 2, "tokens": 32, "row_tiles": 1})
+DEFAULTS = (
+    {},
+    {"tokens": 32, "stages": 1},
+    {"warps": 2},
+    {"warps": 2, "tokens": 32, "stages": 1},
+    {"warps": 2, "tokens": 32, "stages": 1, "row_tiles": 1},
+)
 """Changes to the preferred values, in turn, until a block fits into the shared memory that there is."""
 REGISTERS = 255
 """Registers that a thread may have; those of sums and scores leave 60 for the rest."""
@@ -94,7 +100,9 @@ def prefill_tiling(
 
     ``sizes``: what ``PrefillTiling`` calls ``raw_bytes``, ``centre_bytes`` and ``tables``.
     """
-    preferred = {"row_tiles": 2 if head_dim <= 128 else 1, "warps": 4, "tokens": 64, "stages": 1}
+    preferred = {"row_tiles": 2, "warps": 4, "tokens": 32, "stages": 2}
+    if head_dim > 128:  # the outputs of 32 rows would not fit a warp's registers
+        preferred |= {"row_tiles": 1, "tokens": 64, "stages": 1}
     for change in DEFAULTS:
         tiling = PrefillTiling(head_dim, *sizes, **{**preferred, **change, **knobs})
         if tiling.fits(shared_bytes):

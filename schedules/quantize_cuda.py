@@ -13,11 +13,12 @@ from rotquant_tvm.ops.site_shape import OP_ATTR
 from rotquant_tvm.ops.vector_code import rotation_size
 
 from .format_core_cuda import format_core
+from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOB
 from .knobs import chosen_knobs
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **ROW_KNOBS}
-"""Elements per lane and vector, and the loop over rows."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "weights": WEIGHT_KNOB, **ROW_KNOBS}
+"""Elements per lane and vector; registers for the rotation's weights; and the loop over rows."""
 
 
 def quantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
@@ -27,10 +28,10 @@ def quantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc 
 
 
 def build(
-    shape: CodecShape, target: Target, *, elements: int = 8, **loop_knobs: int
+    shape: CodecShape, target: Target, *, elements: int = 8, weights: int = REGISTER_WEIGHTS, **loop_knobs: int
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.quantize``; None if there is none. For knobs see ``KNOBS``."""
-    core = format_core(shape, elements, codes=True)
+    core = format_core(shape, elements, codes=True, weights=weights)
     if core is None:
         return None
     lanes, head_dim, size = core.lanes, shape.head_dim, rotation_size(shape.structure, shape.head_dim)
@@ -43,8 +44,7 @@ def build(
         rotation = T.arg("rotation", T.buffer((size,), "float32"))
         codes = T.arg("codes", T.buffer((n, head_dim), shape.code_dtype))
         gain = T.arg("gain", T.buffer((n, shape.gain_columns), "float16"))
-        block_axis, thread_axis = loop.axes()
-        with block_axis as block, thread_axis as thread:
+        with loop.launch() as (block, thread):
             core.place(thread)
             raw = [lanes.raw() for _ in range(loop.rows)]
             loop.start(
@@ -62,7 +62,7 @@ def build(
                 words = [core.code_words(vector) for vector in encoded]
 
                 def store(k: int, row: tir.PrimExpr) -> None:
-                    lanes.store_codes(words[k], codes, row, core.lane)
+                    lanes.store_codes(words[k], codes, row, core.lane, loop.write)
                     core.store_gains(encoded[k], gain, row)
 
                 loop.each_row(store)

@@ -11,14 +11,14 @@ from tvm.tirx.script.builder import ir as T
 from rotquant_tvm.ops.rotate import RotationShape
 from rotquant_tvm.ops.site_shape import OP_ATTR
 
-from .cuda_ops import WARP, block_sync, scalar
-from .held_rotation_cuda import HeldRotation
+from .cuda_ops import block_sync
+from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOB, HeldRotation, load_rotations
 from .knobs import chosen_knobs
 from .vector_lanes_cuda import ITEM_BYTES, VectorLanes
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **ROW_KNOBS}
-"""Elements per lane and vector, and the loop over rows."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "weights": WEIGHT_KNOB, **ROW_KNOBS}
+"""Elements per lane and vector; registers for the rotation's weights; and the loop over rows."""
 
 
 def rotate_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
@@ -28,7 +28,7 @@ def rotate_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | 
 
 
 def build(
-    shape: RotationShape, target: Target, *, elements: int = 8, **loop_knobs: int
+    shape: RotationShape, target: Target, *, elements: int = 8, weights: int = REGISTER_WEIGHTS, **loop_knobs: int
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.rotate``; None if there is none. For knobs see ``KNOBS``."""
     if shape.dtype not in ITEM_BYTES:
@@ -36,7 +36,7 @@ def build(
     lanes = VectorLanes.choose(shape.head_dim, shape.dtype, elements)
     if not HeldRotation.possible(lanes, shape.structure):
         return None
-    held, head_dim = HeldRotation(lanes, shape.structure), shape.head_dim
+    held, head_dim = HeldRotation(lanes, shape.structure, budget=weights), shape.head_dim
     sizes = [tir.Var(f"n{i}", "int64") for i in range(3)]
     loop = RowLoop(sizes[0] * sizes[1] * sizes[2], lanes.groups, target, **loop_knobs)
     zero = tir.const(0, "int64")
@@ -46,8 +46,7 @@ def build(
         x = T.arg("x", T.buffer((*sizes, head_dim), shape.dtype))
         coefficients = T.arg("coefficients", T.buffer((shape.coefficients,), "float32"))
         y = T.arg("y", T.buffer((*sizes, head_dim), shape.dtype))
-        block_axis, thread_axis = loop.axes()
-        with block_axis as block, thread_axis as thread:
+        with loop.launch() as (block, thread):
             lane, group = lanes.place(thread)
             raw = [lanes.raw() for _ in range(loop.rows)]
 
@@ -55,8 +54,8 @@ def build(
                 lanes.load(raw[k], x, [zero, zero, row], lane, loop.read)
 
             def prepare() -> None:
-                held.load(coefficients, lane, scalar(thread // WARP), scalar(thread % WARP), loop.warps)
-                if held.uses_shared:
+                held.place(lane)
+                if load_rotations([(held, coefficients)], thread, loop.warps):
                     block_sync()
 
             loop.start(block, thread, group, load, prepare)
@@ -65,7 +64,7 @@ def build(
                 vectors = [lanes.unpack(words) for words in raw]
                 loop.read_next()
                 rotated = held.apply(vectors)
-                loop.each_row(lambda k, row: lanes.store(list(rotated[k]), y, [zero, zero, row], lane))
+                loop.each_row(lambda k, row: lanes.store(list(rotated[k]), y, [zero, zero, row], lane, loop.write))
 
             loop.run(work)
     return builder.get()

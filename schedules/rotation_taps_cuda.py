@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm.tirx as tir
+from tvm.tirx.script.builder import ir as T
 
-from .cuda_ops import Registers, f32, load_words, scalar, shuffle_xor
+from .cuda_ops import Registers, f32, load_words, scalar, shuffle_xor, store_words
 from .vector_lanes_cuda import VectorLanes
 
 Expr = Any
@@ -81,46 +82,60 @@ class LayerTaps:
 
     # Weights
 
-    def load_weights(self, target: Registers, coefficients: Any, offset: int, lane: Expr) -> None:
-        """Read the lane's weights; ``offset`` is that of the layer's coefficients (``Rotation.data``)."""
-        load = {"xor": self._load_exchanged, "band": self._load_band, "cycle": self._load_cycle}[str(self.kind)]
+    @property
+    def staged_floats(self) -> int:
+        """How many floats ``stage`` needs."""
+        return (self.lanes.head_dim + self.lanes.head_dim // self.lanes.access) * self.block
+
+    def stage(self, staged: Any, coefficients: Any, offset: int, thread: Expr, threads: int) -> None:
+        """Copy the layer's coefficients, from ``offset`` of ``Rotation.data`` on, to shared memory, with all threads.
+
+        Lanes read rows of their dims straight from memory too slowly: neighbouring lanes' are far apart. Here a row is
+        left free after the dims of each access, so that the reads of different lanes meet in no bank.
+        """
+        pieces, group = self.lanes.head_dim * self.block // 4, self.lanes.access * self.block
+        width = 4 if self.block == 4 else 2 if self.block == 2 else 1
+        with T.serial(0, -(-pieces // threads)) as step:
+            first = scalar((thread + step * threads) * 4)
+            with T.If(first < 4 * pieces), T.Then():
+                piece = Registers(4, "float32")
+                load_words(piece, 0, coefficients, [first + offset], 4, "global.nc")
+                place = scalar(first + first // group * self.block)
+                for k in range(0, 4, width):
+                    store_words(staged, [place + k], [piece[k + n] for n in range(width)], "shared")
+
+    def load_weights(self, target: Registers, staged: Any, lane: Expr) -> None:
+        """Read the lane's weights from staged coefficients."""
+        arrange = {"xor": self._exchanged, "band": self._band, "cycle": self._cycle}[str(self.kind)]
         for register in range(self.lanes.elements):
-            row = [scalar(value) for value in load(register, coefficients, offset, lane)]
-            for tap, value in zip(self.taps, row, strict=True):
+            dim = self.lanes.dim(lane, register)
+            if self.lanes.idle(register // self.lanes.access):
+                dim = scalar(tir.min(dim, self.lanes.head_dim - 1))
+            row = Registers(self.block, "float32")
+            first = scalar((dim + dim // self.lanes.access) * self.block)
+            wide = self.block if self.block in (2, 4) else 1
+            for k in range(0, self.block, wide):
+                load_words(row, k, staged, [first + k], wide, "shared")
+            weights = [scalar(value) for value in arrange(register, dim, list(row), lane)]
+            for tap, value in zip(self.taps, weights, strict=True):
                 target[self.slot(register, tap)] = self.lanes.where_active(lane, register, value)
 
-    def _dim(self, lane: Expr, register: int) -> Expr:
-        """A lane's dim, and one that exists if it is idle."""
-        dim = self.lanes.dim(lane, register)
-        return tir.min(dim, self.lanes.head_dim - 1) if self.lanes.idle(register // self.lanes.access) else dim
-
-    def _load_exchanged(self, register: int, coefficients: Any, offset: int, lane: Expr) -> list[Expr]:
-        row = Registers(self.block, "float32")
-        wide = self.block if offset % self.block == 0 else 1
-        first = self._dim(lane, register) * self.block + offset
-        for k in range(0, self.block, wide):
-            load_words(row, k, coefficients, [first + k], wide, "global.nc")
-        values = list(row)
+    def _exchanged(self, register: int, dim: Expr, values: list[Expr], lane: Expr) -> list[Expr]:
         for k in range(self.block.bit_length() - 1):  # bit k of the place p exchanges the neighbours at distance 2^k
             exchanged = [values[j ^ (1 << k)] for j in range(self.block)]
             step = self.stride << k
             inside, across = step < self.lanes.access, step < self.lanes.access * self.lanes.lanes
             if inside or not across:
-                bit = self.lanes.dim(0, register) // step % 2
-                values = exchanged if bit else values
+                values = exchanged if self.lanes.dim(0, register) // step % 2 else values
             else:
                 odd = lane // (step // self.lanes.access) % 2 == 1
                 pairs = zip(exchanged, values, strict=True)
                 values = [scalar(tir.Select(odd, other, own)) for other, own in pairs]
         return values
 
-    def _load_band(self, register: int, coefficients: Any, offset: int, lane: Expr) -> list[Expr]:
-        dim = self._dim(lane, register)
+    def _band(self, register: int, dim: Expr, row: list[Expr], lane: Expr) -> list[Expr]:
         base = tir.min(dim // self.block * self.block, self.lanes.head_dim - self.block)
-        place = scalar(dim - base, "int32")
-        row = Registers(self.block, "float32")
-        for k in range(self.block):
-            load_words(row, k, coefficients, [dim * self.block + (offset + k)], 1, "global.nc")
+        place = scalar(dim - base)
         weights = []
         for tap in self.taps:
             value = f32(0)
@@ -129,13 +144,15 @@ class LayerTaps:
             weights.append(value)
         return weights
 
-    def _load_cycle(self, register: int, coefficients: Any, offset: int, lane: Expr) -> list[Expr]:
-        dim = self._dim(lane, register)
-        row = Registers(self.block, "float32")
+    def _cycle(self, register: int, dim: Expr, row: list[Expr], lane: Expr) -> list[Expr]:
+        place = scalar(dim // self.stride)
+        weights = []
         for tap in self.taps:
-            column = (dim // self.stride + tap) % self.block
-            load_words(row, tap, coefficients, [dim * self.block + column + offset], 1, "global.nc")
-        return list(row)
+            value = row[self.block - 1]
+            for k in range(self.block - 1):
+                value = tir.Select((place + tap) % self.block == k, row[k], value)
+            weights.append(value)
+        return weights
 
     # Application
 

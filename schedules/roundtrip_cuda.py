@@ -13,11 +13,12 @@ from rotquant_tvm.ops.site_shape import OP_ATTR
 from rotquant_tvm.ops.vector_code import rotation_size
 
 from .format_core_cuda import format_core
+from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOB
 from .knobs import chosen_knobs
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "table": (0, 1), **ROW_KNOBS}
-"""Elements per lane and vector; codes by a table; and the loop over rows."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "weights": WEIGHT_KNOB, "table": (0, 1), **ROW_KNOBS}
+"""Elements per lane and vector; registers for the rotation's weights; codes by a table; and the loop over rows."""
 
 
 def roundtrip_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
@@ -27,10 +28,10 @@ def roundtrip_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc
 
 
 def build(
-    shape: CodecShape, target: Target, *, elements: int = 8, table: int | None = None, **loop_knobs: int
+    shape: CodecShape, target: Target, *, elements: int = 8, weights: int = REGISTER_WEIGHTS, table: int | None = None, **loop_knobs: int
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.roundtrip``; None if there is none. For knobs see ``KNOBS``."""
-    core = format_core(shape, elements, codes=False, table=None if table is None else bool(table))
+    core = format_core(shape, elements, codes=False, table=None if table is None else bool(table), weights=weights)
     if core is None:
         return None
     lanes, head_dim, size = core.lanes, shape.head_dim, rotation_size(shape.structure, shape.head_dim)
@@ -43,8 +44,7 @@ def build(
         x = T.arg("x", T.buffer((*sizes, head_dim), shape.dtype))
         rotation, inverse = (T.arg(name, T.buffer((size,), "float32")) for name in ("rotation", "inverse"))
         y = T.arg("y", T.buffer((*sizes, head_dim), shape.dtype))
-        block_axis, thread_axis = loop.axes()
-        with block_axis as block, thread_axis as thread:
+        with loop.launch() as (block, thread):
             core.place(thread)
             raw = [lanes.raw() for _ in range(loop.rows)]
             loop.start(
@@ -59,7 +59,7 @@ def build(
                 vectors = [lanes.unpack(words) for words in raw]
                 loop.read_next()
                 decoded = core.decode(core.encode(vectors))
-                loop.each_row(lambda k, row: lanes.store(list(decoded[k]), y, [zero, zero, row], core.lane))
+                loop.each_row(lambda k, row: lanes.store(list(decoded[k]), y, [zero, zero, row], core.lane, loop.write))
 
             loop.run(work)
     return builder.get()

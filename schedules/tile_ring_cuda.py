@@ -9,19 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import tvm
 from tvm.backend.cuda import op as cuda
 from tvm.tirx.script.builder import ir as T
 
 from .cuda_ops import WARP, Registers, ptx, u32, warp_sync
 
 Expr = Any
-
-
-def has_bulk_copies(target: tvm.target.Target) -> bool:
-    """Whether the GPU copies asynchronously in bulk (sm_90 and newer)."""
-    digits = "".join(c for c in str(target.attrs.get("arch", "sm_80")) if c.isdigit())
-    return int(digits or 80) >= 90
 
 
 @dataclass

@@ -37,7 +37,7 @@ from rotquant_tvm.ops.codec_shape import CodecShape
 
 from .code_lookup_cuda import CodeLookup
 from .cuda_ops import WARP, Registers, block_sync, f32, ptx, scalar
-from .held_rotation_cuda import HeldRotation
+from .held_rotation_cuda import REGISTER_WEIGHTS, HeldRotation, load_rotations
 from .vector_lanes_cuda import VectorLanes
 
 Expr = Any
@@ -60,14 +60,26 @@ class EncodedVector:
 class VectorCore:
     """Encodes and decodes vectors; ``possible`` says for which formats."""
 
-    def __init__(self, shape: CodecShape, lanes: VectorLanes, *, codes: bool, table: bool | None = None) -> None:
-        """Plan for a format; ``codes`` and ``table`` are those of ``CodeLookup`` (None: as many bits suggest)."""
+    def __init__(
+        self,
+        shape: CodecShape,
+        lanes: VectorLanes,
+        *,
+        codes: bool,
+        table: bool | None = None,
+        weights: int = REGISTER_WEIGHTS,
+    ) -> None:
+        """Plan for a format.
+
+        ``codes`` and ``table`` are those of ``CodeLookup`` (None: as many bits suggest), ``weights`` the budget of
+        ``HeldRotation``.
+        """
         self.shape, self.lanes = shape, lanes
         book = Codebook(shape.bits, shape.head_dim)
         self.lookup = CodeLookup(book, codes=codes, table=shape.bits >= TABLE_BITS if table is None else table)
         self.scale = float(book.scale)
-        self.rotation = HeldRotation(lanes, shape.structure)
-        self.inverse = self.rotation.inverse()
+        self.rotation = HeldRotation(lanes, shape.structure, budget=weights)
+        self.inverse = self.rotation.inverse(weights)
         self.lane: Expr = None
         self.group: Expr = None
 
@@ -85,13 +97,11 @@ class VectorCore:
 
         To be called by all threads of the block, which it waits for; after ``place``.
         """
-        thread_lane, warp = scalar(thread % WARP), scalar(thread // WARP)
-        self.rotation.load(rotation, self.lane, warp, thread_lane, warps)
-        if inverse is not None:
-            self.inverse.load(inverse, self.lane, warp, thread_lane, warps)
         self.lookup.load(thread, warps * WARP)
-        shared = self.lookup.uses_table or self.rotation.uses_shared
-        if shared or (inverse is not None and self.inverse.uses_shared):
+        self.rotation.place(self.lane)
+        self.inverse.place(self.lane)
+        parts = [(self.rotation, rotation)] + ([] if inverse is None else [(self.inverse, inverse)])
+        if load_rotations(parts, thread, warps):
             block_sync()
 
     def encode(self, vectors: Sequence[Registers]) -> list[EncodedVector]:

@@ -171,11 +171,11 @@ class VectorLanes:
         each = self.access // 4
         return [words[each * chunk : each * (chunk + 1)] for chunk in range(self.chunks)]
 
-    def store_codes(self, words: Sequence[Sequence[Expr]], codes: Any, row: Expr, lane: Expr) -> None:
+    def store_codes(self, words: Sequence[Sequence[Expr]], codes: Any, row: Expr, lane: Expr, how: str) -> None:
         """Store the words of codes of each chunk, one access to a chunk; codes of 1 or 2 bytes [rows, head_dim]."""
         for chunk, part in enumerate(words):
             at = [row, self.dim(lane, chunk * self.access)]
-            self.when_active(lane, chunk, lambda part=part, at=at: store_words(codes, at, part))
+            self.when_active(lane, chunk, lambda part=part, at=at: store_words(codes, at, part, how))
 
     # Between the lanes of a vector
 

@@ -5,7 +5,8 @@ While a step is computed, the rows of the next one are being read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tvm.tirx as tir
@@ -21,9 +22,12 @@ ROW_KNOBS: dict[str, tuple[int, ...]] = {
     "rows": (1, 2, 4),
     "warps": (2, 4, 8),
     "blocks": (264, 528, 1056, 2112),
+    "resident": (0, 4, 8),
     "early": (0, 1),
+    "stream": (0, 1),
 }
-"""Vectors per lane and step; warps per block; blocks at most; whether to start early (``dependent_launch_cuda``)."""
+"""Vectors per lane and step; warps per block; blocks at most; how many are to fit into a multiprocessor (0: as come);
+whether to start early (``dependent_launch_cuda``); whether vectors are read and written as what is not needed again."""
 
 
 class RowLoop:
@@ -38,19 +42,29 @@ class RowLoop:
         rows: int = 1,
         warps: int = 4,
         blocks: int = 1056,
+        resident: int = 0,
         early: int | None = None,
+        stream: int = 0,
     ) -> None:
         """Plan it for ``total`` rows (int64), ``groups`` side by side in a warp; for the rest see ``ROW_KNOBS``."""
-        self.total, self.groups, self.rows, self.warps = total, groups, rows, warps
+        self.total, self.groups, self.rows, self.warps, self._resident = total, groups, rows, warps, resident
         self.early = starts_early(target) if early is None else bool(early)
-        self.read = "global" if self.early else "global.nc"
-        """How rows are read."""
+        self.read = ("global" if self.early else "global.nc") + (".L1::no_allocate" if stream else "")
+        self.write = "global.cs" if stream else "global"
+        """How rows are accessed (``cuda_ops.load_words``, ``store_words``)."""
         per_block = groups * rows * warps
         self.grid = tir.min((total + (per_block - 1)) // per_block, tir.const(blocks, "int64"))
 
-    def axes(self) -> tuple[Any, Any]:
-        """The frames of the thread blocks and of their threads."""
-        return T.launch_thread("blockIdx.x", self.grid), T.launch_thread("threadIdx.x", self.warps * WARP)
+    @contextmanager
+    def launch(self) -> Iterator[tuple[Any, Any]]:
+        """The launch; yields the numbers of the block and of the thread in it."""
+        with T.launch_thread("blockIdx.x", self.grid) as block:
+            with T.launch_thread("threadIdx.x", self.warps * WARP) as thread:
+                if self._resident:
+                    with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", self._resident):
+                        yield block, thread
+                else:
+                    yield block, thread
 
     def start(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,10 +104,10 @@ class CudaDevice(BenchmarkDevice):
         buffers = [self.words((nbytes // READ_BYTES * READ_BYTES // 4,)) for _ in range(SETS)]
         nbytes, sink = 4 * len(buffers[0]), self.empty((1,), "uint32")
         pairs = zip(buffers, [*buffers[1:], buffers[0]], strict=True)
-        contenders = [Contender("copy", [lambda x=x, y=y: y.copy_(x) for x, y in pairs])]
+        contenders = [Contender("copy", [partial(y.copy_, x) for x, y in pairs])]
         for threads, loads in READ_VARIANTS:
             kernel = compiled(read_cuda(threads, loads), self.target)
-            calls = [lambda kernel=kernel, x=x: kernel(x, sink) for x in buffers]
+            calls = [partial(kernel, x, sink) for x in buffers]
             contenders.append(Contender(f"read {threads}x{loads}", calls))
         outcomes = self.race(contenders)
         seconds = {name: outcome.seconds for name, outcome in outcomes.items() if outcome.seconds}

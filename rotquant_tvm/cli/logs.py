@@ -22,6 +22,8 @@ from rotquant_tvm.cli.output import Output, table
 from rotquant_tvm.errors import RotQuantError, UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from rotquant_tvm.tuning.log_store import TuningLog
 
 SUMMARY = "list, check or merge tuning logs"
@@ -67,7 +69,8 @@ def _list(arguments: argparse.Namespace, output: Output) -> None:
     from rotquant_tvm.tuning.log_check import is_stale
     from rotquant_tvm.tuning.log_store import read_log
 
-    logs, shown = [], []
+    logs: list[dict[str, Any]] = []
+    shown: list[Table | str] = []
     for folder in _folders(arguments.paths):
         log = read_log(folder)
         stale = [is_stale(entry, Target(dict(log.target))) for entry in log.entries]

@@ -37,7 +37,7 @@ def _parameters_without_memory() -> Iterator[None]:
     register = torch.nn.Module.register_parameter
 
     def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # else it is one that another module has, too
             parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 

@@ -102,7 +102,7 @@ class Measurement:
             return lambda device: device.empty(shape, dtype)
         if name == "gain":
             return lambda device: device.argument(device.uniform(0.5, 1.5, shape, dtype))
-        if name in ("rotation", "inverse", "coefficients") or name.startswith(("rotation_", "sketch_")):
+        if name.startswith(("rotation", "inverse", "coefficients", "sketch_")):
             return lambda device: device.argument(device.uniform(-0.8, 0.8, shape, dtype))
         if dtype in ("uint8", "uint16"):  # codes
             top = 2 ** min(8, int(KVFormat.parse(str(self.shape.properties.get("format", "hurwitz1"))).bits))

@@ -92,8 +92,8 @@ def build_candidate(mod: tvm.IRModule, target: tvm.target.Target, folder: str, p
     executable = compile_module(tvm.IRModule({MAIN: kernel.with_attr("global_symbol", MAIN)}), target)
     place = Path(tempfile.mkdtemp(dir=folder))
     names = [param.name for param in definition.params]
-    document = {"operator": shape.operator, "properties": dict(shape.properties), "names": names}
-    document["counters"] = int(kernel.attrs[COUNTERS_ATTR]) if COUNTERS_ATTR in kernel.attrs else 0
+    counters = int(kernel.attrs[COUNTERS_ATTR]) if COUNTERS_ATTR in kernel.attrs else 0
+    document = {"operator": shape.operator, "properties": dict(shape.properties), "names": names, "counters": counters}
     (place / MEASUREMENT).write_text(json.dumps(document))
     path = place / (PORTABLE_LIBRARY if portable else LIBRARY)
     if portable:

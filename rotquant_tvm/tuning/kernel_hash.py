@@ -14,10 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .. import schedules
 from ..formats import VERSION as LAYOUT_VERSION
 
 DIGITS = 16
+SCHEDULES = "rotquant_tvm.schedules"
 
 
 def kernel_hash(rule: Callable[..., Any]) -> str:
@@ -48,7 +48,7 @@ def _with_imports(name: str) -> set[str]:
 
 
 def _imports(name: str) -> list[str]:
-    package = schedules.__name__
+    package = SCHEDULES
     names = []
     for node in ast.walk(ast.parse(_source(name))):
         if isinstance(node, ast.ImportFrom):

@@ -28,8 +28,8 @@ KERNEL_ATTR = "rotquant.kernel"
 _NO_PROPERTY = (OP_ATTR, KNOBS_ATTR, RECORD_ATTR, KERNEL_ATTR)
 _DECODERS = ("attention_decode", "attention_prefill", "dequantize_cache", "dequantize_segments")
 """Operators that read codes and know nothing of the rotation and gain rule that made them."""
-_WITHOUT_EFFECT = ("scale", "splits")
-"""Numbers that change no instruction, or that are knobs themselves."""
+_WITHOUT_EFFECT = ("scale", "splits", "after")
+"""Numbers that change no instruction, that are knobs themselves, or that only order calls."""
 _FORMATS = ("k", "v", "format")
 _EXTRAS = ("window", "rotated")
 """What a kernel does or does not do beside its work."""
@@ -98,7 +98,7 @@ class KernelShape:
         ]
         bits = [abs(value - theirs["bits"][name]) for name, value in mine["bits"].items()]
         extras = set(mine["extras"]) ^ set(theirs["extras"])
-        return sum(scaled) + BIT_DISTANCE * sum(bits) + EXTRA_DISTANCE * len(extras)
+        return float(sum(scaled) + BIT_DISTANCE * sum(bits) + EXTRA_DISTANCE * len(extras))
 
     def essence(self) -> dict[str, Any]:
         """What kernels of distance 0 have in common, as JSON data.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import tvm
 from tvm import tirx
 from tvm.target import Target
 
@@ -18,7 +19,7 @@ from .kernel_shape import KernelShape
 from .knob_space import replayed_knobs
 from .log_folders import MANIFEST_FILE, is_log, log_folders, log_roots
 from .log_store import LogEntry, TuningLog, read_log
-from .shape_buckets import WantedSizes, bucket_distance, bucket_label
+from .shape_buckets import Bucket, WantedSizes, bucket_distance, bucket_label
 
 FAR = 8.0
 """Doublings (of heads) beyond which a record says nothing about a kernel."""
@@ -77,20 +78,27 @@ class TuningRecords:
         shape, rule = KernelShape.of(func), rule_of(func, self.target)
         if shape is None or rule is None or not knob_values(rule):
             return None
-        sizes = (wanted or WantedSizes()).sizes()
-        found = []
+        found = self._nearest(shape, rule.__name__, (wanted or WantedSizes()).sizes())
+        if found is None:
+            return None
+        far, log, entry = found
+        stale = entry.record.kernel_hash != kernel_hash(rule)
+        knobs = self._knobs(log, entry, func)
+        return None if knobs is None else Match(entry, log, knobs, far == 0, stale)
+
+    def _nearest(self, shape: KernelShape, rule: str, sizes: Bucket) -> tuple[float, TuningLog, LogEntry] | None:
+        """The record of a rule that is nearest to a kernel and sizes, and how far its kernel is."""
+        found: list[tuple[tuple[float, ...], int, TuningLog, LogEntry]] = []
         for rank, log in self._ranked():
             for entry in log.entries:
                 far = shape.distance(entry.record.shape)
-                if far is not None and far <= FAR and entry.record.rule == rule.__name__:
-                    near = (far > 0, rank if far == 0 else 0, far, bucket_distance(entry.record.bucket, sizes))
+                if far is not None and far <= FAR and entry.record.rule == rule:
+                    near = (far > 0, 0 if far else rank, far, bucket_distance(entry.record.bucket, sizes))
                     found.append((near, len(found), log, entry))
         if not found:
             return None
-        near, _, log, entry = min(found, key=lambda item: item[:2])
-        stale = entry.record.kernel_hash != kernel_hash(rule)
-        knobs = self._knobs(log, entry, func)
-        return None if knobs is None else Match(entry, log, knobs, not near[0], stale)
+        nearest, _, log, entry = min(found, key=lambda item: item[:2])
+        return nearest[2], log, entry
 
     def _knobs(self, log: TuningLog, entry: LogEntry, func: tirx.PrimFunc) -> Knobs | None:
         """The knobs that the record's trace chooses for ``func``."""
@@ -136,14 +144,16 @@ def _cached_log(folder: Path, _changed: int) -> TuningLog:
 def log_rank(log: TuningLog, target: Target) -> int | None:
     """How well a log's device serves a target, 0 the best; None if it does not.
 
-    CPUs are served by the logs of their level and of those below it. GPUs by their own, which the device at hand or
-    the target's tag names, and by others of the same architecture.
+    CPUs are served by the logs of their level and of those below it, made with up to twice or half as many threads.
+    GPUs by their own, which the device at hand or the target's tag names, and by others of the same architecture.
     """
     if log.device["kind"] != target.kind.name:
         return None
     if target.kind.name != "cuda":
-        levels = cpu_levels(target)
-        return levels.index(log.device["arch"]) if log.device["arch"] in levels else None
+        levels, threads = cpu_levels(target), int(tvm.runtime.num_threads())
+        tuned_with = int(log.device["attributes"].get("threads", threads))
+        alike = log.device["arch"] in levels and max(threads, tuned_with) <= 2 * min(threads, tuned_with)
+        return levels.index(log.device["arch"]) if alike else None
     if not same_arch(str(log.device["arch"]), arch_of(target)):
         return None
     tag = slug_of(str(getattr(target, "tag", "") or ""))

@@ -84,8 +84,15 @@ def tune(
             search.recall(database)
         searches = [search for search in searches if search.unfinished()]
         process = MeasuringProcess(target, Path(scratch), options.timing, options.timeout, options.remote)
-        limits = {"parallel": options.parallel, "timeout": options.timeout}
-        run = SearchRun(searches, database, process, Path(scratch), **limits, progress=progress)
+        run = SearchRun(
+            searches,
+            database,
+            process,
+            Path(scratch),
+            parallel=options.parallel,
+            timeout=options.timeout,
+            progress=progress,
+        )
         try:
             if searches:
                 run.run(options.trials, options.seed)

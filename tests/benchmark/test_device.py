@@ -89,3 +89,25 @@ def test_torchs_arrays(torch_arrays):
     assert str(torch_arrays.empty((3,), "uint32").dtype) == "torch.uint32"
     x = torch_arrays.normal((5, 4), "float32")
     assert torch_arrays.numpy(x, (slice(1, 3), [0, 2])).shape == (2, 2)
+
+
+def test_the_bandwidth_counts_what_is_copied_and_read(torch_arrays, monkeypatch):
+    """The arithmetic of ``CudaDevice.bandwidth``, with kernels and times that are made up."""
+    from rotquant_tvm.benchmark import cuda_device
+    from rotquant_tvm.benchmark.contender import Outcome
+
+    seen = []
+    monkeypatch.setattr(cuda_device, "compiled", lambda *_: lambda words, sink: seen.append(4 * len(words)))
+    monkeypatch.setattr(type(torch_arrays), "rotated_bytes", lambda _: 3 * cuda_device.READ_BYTES + 5)
+
+    def race(contenders):
+        for contender in contenders:
+            for call in contender.calls:
+                call()
+        return {c.name: Outcome(2e-3 if c.name == "copy" else 1e-3 * (1 + i)) for i, c in enumerate(contenders)}
+
+    monkeypatch.setattr(type(torch_arrays), "race", lambda _, contenders: race(contenders))
+    bandwidth = torch_arrays.bandwidth()
+    nbytes = 3 * cuda_device.READ_BYTES
+    assert seen == [nbytes] * (cuda_device.SETS * len(cuda_device.READ_VARIANTS))
+    assert bandwidth.copy == pytest.approx(2 * nbytes / 2e-3) and bandwidth.read == pytest.approx(nbytes / 2e-3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import tvm
 from tvm import relax, tirx
+from tvm_ffi import structural_map
 
 from ..schedules.simulated_tensor_cores import TensorCoreGPU
 
@@ -44,7 +46,10 @@ class _Run:
         return getattr(self, expr.op.name.replace(".", "_"))(expr, *expr.args)
 
     def size(self, size) -> int:
-        return self.sizes[size] if isinstance(size, tirx.Var) else int(size)
+        if isinstance(size, tirx.Var):
+            return self.sizes[size]
+        known = structural_map(size, (tirx.Var, lambda var: tirx.const(self.sizes[var], "int64")))
+        return int(tvm.sym.Analyzer().simplify(known))
 
     def relax_call_tir(self, expr, gvar, operands):
         types = list(expr.ty.fields) if hasattr(expr.ty, "fields") else [expr.ty]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
 from rotquant_tvm.errors import DeviceError, UsageError
+from rotquant_tvm.runtime.cache_arrays import CacheArrays
 
 CAPACITY = 72
 
@@ -130,3 +133,17 @@ def test_reset_refuses_a_batch_below_one(library):
 def test_a_cache_that_does_not_fit_is_a_device_error(library):
     with pytest.raises(DeviceError, match=r"no room on cpu:0 for a KV cache of .* bytes.*smaller capacity"):
         library.session(batch=1 << 40, capacity=4096)
+
+
+def test_contents_that_someone_else_wrote_are_assumed():
+    policy = CachePolicy(sinks=4, recent=64, center=64)
+    for kept in (NO_POLICY, policy):
+        counts = [tvm.runtime.tensor(np.zeros(3, np.int32)) for _ in range(2 if kept.segmented else 1)]
+        cache = CacheArrays([tvm.runtime.tensor(np.zeros((3, 1, 8, 4), np.uint32)), *counts], tvm.cpu(), kept)
+        lengths = np.array([0, 70, 200])
+        cache.assume(lengths)
+        np.testing.assert_array_equal(cache.lengths, lengths)
+        np.testing.assert_array_equal(cache.device_lengths(), lengths)
+        if kept.segmented:
+            expected = kept.packed_after(np.zeros(3, np.int32), lengths.astype(np.int32), False)
+            np.testing.assert_array_equal(cache.tensors[-2].numpy(), expected)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tvm
-from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
-from rotquant_tvm.schedules.knobs import with_knobs
+from rotquant_tvm.schedules.append_cuda import append_kernel
+from rotquant_tvm.schedules.append_plain_cuda import append_plain_kernel
+from rotquant_tvm.schedules.flush_cuda import flush_kernel
 
 from rotquant_tvm import ops
 from rotquant_tvm.cache_policy import NO_POLICY
@@ -28,26 +29,30 @@ def site_shape(operator, arguments) -> SiteShape:
 
 
 class HandLaidWriters(Kernels):
-    """Kernels for a CUDA target; ``laid_out`` collects the operators whose definition was replaced, ``knobs`` is chosen for all."""
+    """Kernels for a CUDA target.
 
-    WRITERS = (ops.append, ops.flush, ops.append_plain)
+    ``laid_out`` collects the operators whose definition was replaced; ``knobs`` is chosen for all of them.
+    """
 
-    def __init__(self) -> None:
+    WRITERS = {ops.append: append_kernel, ops.flush: flush_kernel, ops.append_plain: append_plain_kernel}
+
+    def __init__(self, **knobs: int) -> None:
         super().__init__("cuda")
         self.laid_out = set()
-        self.knobs = {}
+        self.knobs = knobs
 
     def build(self, operator, *arguments, **options):
         """The compiled function of ``operator(*arguments, **options)``."""
         key = (operator, arguments, tuple(sorted(options.items())))
         if key not in self._compiled:
-            func = operator(*arguments, axes=Axes.of(self.target), **options)
+            kernel = None
             if operator in self.WRITERS:
-                func = with_knobs(site_shape(operator, arguments).attach(func), self.knobs)
-            kernel = gpu_kernel(func, self.target)
+                kernel = self.WRITERS[operator](site_shape(operator, arguments), self.target, **self.knobs)
             if kernel is not None:
                 self.laid_out.add(operator)
-            self._compiled[key] = self.compile(func if kernel is None else kernel)
+            else:
+                kernel = operator(*arguments, axes=Axes.of(self.target), **options)
+            self._compiled[key] = self.compile(kernel)
         return self._compiled[key]
 
     def compile(self, func):

@@ -33,7 +33,8 @@ from .hand_laid_writers import HandLaidWriters
 
 ONE_TOKEN = [0, 1, 7, 8, 15, 16, 17, 30, 31, 32, 63, 94, 95, 96]
 MORE_CASES = [
-    *(Case(f"hurwitz{bits}", head_dim, 2, 2) for bits in (1, 2, 3, 4) for head_dim in (32, 64, 80, 96, 128, 256)),
+    *(Case(f"hurwitz{bits}", head_dim, 2, 2) for bits in (1, 2, 3, 4) for head_dim in (64, 80, 96, 128, 256)),
+    Case("iso3/planar2", 32, 2, 2),
     Case("iso3:ip/planar4:norm", 112, 1, 1),
     Case("turbo1/turbo3:mse", 64, 2, 2),
     Case("rotor2/rotor4", 240, 1, 1),
@@ -43,7 +44,6 @@ MORE_CASES = [
     Case("bf16/q8_0", 64, 2, 2),
 ]
 DECLINED = [Case("rotor3+tcq/planar2+tcq", 80, 4, 2), Case("q4_0/turbo3.5", 64, 4, 2)]
-requires_gpu = pytest.mark.skipif(not has_gpu(), reason="no CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,19 @@ def test_other_formats(kernels, rng, case, dtype):
     assert ops.append in kernels.laid_out
 
 
+@pytest.fixture(scope="module", params=[0, 1], ids=["tiles", "single"])
+def token_kernels(request):
+    """The operators, with and without a launch for single tokens."""
+    if not has_gpu():
+        pytest.skip("no CUDA device")
+    return HandLaidWriters(single=request.param)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*MORE_CASES, *CASES], ids=str)
-def test_one_token(kernels, rng, case):
+def test_one_token(token_kernels, rng, case):
     """At every kind of place in a tile, also past the capacity, and for sequences that have no new token."""
+    kernels = token_kernels
     before = np.array(ONE_TOKEN)
     new = [int(token != 15) for token in before]
     cache, k, v = random_step(rng, case, new, "float16")
@@ -116,16 +125,13 @@ def test_the_same_every_time(kernels, rng):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("knobs", [{name: value} for name, values in KNOBS.items() for value in values], ids=str)
-def test_knobs(kernels, rng, knobs):
-    case = Case("hurwitz3", 128, 2, 2)
-    func = shape_of(case).attach(ops.append(*case.codecs, case.kv_heads, "float16", ops.Axes.of(kernels.target)))
-    kernel = append_cuda(with_knobs(func, knobs), kernels.target)
-    before, new = [0, 20], [96, 60]
+def test_knobs(rng, knobs):
+    if not has_gpu():
+        pytest.skip("no CUDA device")
+    case, before, new = Case("hurwitz3", 128, 2, 2), [0, 20], [96, 60]
     cache, k, v = random_step(rng, case, new, "float16")
-    rest = [codec.coefficients for codec in case.codecs]
-    rest += [np.add(before, new).astype(np.int32), np.array(new, np.int32)]
-    compiled = kernels.compile(kernel)
-    check_append(case, cache, kernels.run(compiled, cache, k, v, *rest, writes=(0,)), (k, v), before, new)
+    after = append(HandLaidWriters(**knobs), case, cache, k, v, before, new)
+    check_append(case, cache, after, (k, v), before, new)
 
 
 @pytest.mark.parametrize("case", DECLINED, ids=str)
@@ -133,16 +139,25 @@ def test_other_formats_are_declined(case):
     assert append_kernel(shape_of(case), target_of("sm_90a")) is None
 
 
-def test_a_definition_without_a_shape_is_declined():
-    case = CASES[0]
+@pytest.mark.parametrize("case", [Case("hurwitz3:ip/hurwitz3", 128, 2, 2), Case("hurwitz3", 64, 9, 3)], ids=str)
+def test_the_rule_takes_what_has_been_checked(case):
     func = ops.append(*case.codecs, case.kv_heads, "float16", ops.Axes("cuda"))
     assert append_cuda(func, target_of("sm_90a")) is None
-    assert append_cuda(shape_of(case).attach(func), target_of("sm_90a")) is not None
+    kernel = append_cuda(with_knobs(shape_of(case).attach(func), {"warps": 4}), target_of("sm_90a"))
+    assert [p.name for p in kernel.params] == [p.name for p in func.params]
+
+
+@pytest.mark.parametrize("case", [Case("q8_0", 128, 2, 2), Case("hurwitz4", 128, 2, 2), *DECLINED], ids=str)
+def test_the_rule_declines_what_has_not(case):
+    func = shape_of(case).attach(ops.append(*case.codecs, case.kv_heads, "float16", ops.Axes("cuda")))
+    assert append_cuda(func, target_of("sm_90a")) is None
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "case", [Case("hurwitz3:ip/hurwitz3", 128, 8, 8), Case("rotor3/q8_0", 80, 2, 2), Case("f16/q4_0", 64, 2, 2)], ids=str
+    "case",
+    [Case("hurwitz3:ip/hurwitz3", 128, 8, 8), Case("rotor3/q8_0", 80, 2, 2), Case("f16/q4_0", 64, 2, 2)],
+    ids=str,
 )
 def test_it_becomes_machine_code(arch, case):
     assert cubin(lambda target: append_kernel(shape_of(case), target), arch)

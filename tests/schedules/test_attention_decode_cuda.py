@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tvm
-from rotquant_tvm.schedules.attention_decode_cuda import DEFAULTS, KNOBS, attention_decode_cuda, build
+from rotquant_tvm.schedules.attention_decode_cuda import KNOBS, attention_decode_cuda, build, default_knobs
 
 from rotquant_tvm import ops
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
@@ -275,4 +275,4 @@ def test_the_rule_takes_what_it_has_and_declines_the_rest():
             names = [str(p.name) for p in kernel.params if "arrivals" not in str(p.name)]
             assert names == [str(p.name) for p in definition.params]
     assert attention_decode_cuda(ops.attention_decode(*common), target) is None
-    assert all(value in KNOBS[name] for name, value in DEFAULTS.items())
+    assert set(default_knobs(shape, target)) == set(KNOBS)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from rotquant_tvm.schedules.cuda_target import compute_capability, dynamic_shared_memory
+from rotquant_tvm.schedules.cuda_target import (
+    compute_capability,
+    dynamic_shared_memory,
+    has_bulk_copies,
+    multiprocessors,
+)
 from tvm.target import Target
 
 
@@ -25,3 +30,9 @@ def test_shared_memory(arch, said, expected):
 
 def test_compute_capability():
     assert compute_capability(Target({"kind": "cuda", "arch": "sm_100a"})) == 100
+
+
+def test_what_an_architecture_implies():
+    hopper, ampere = (Target({"kind": "cuda", "arch": arch}) for arch in ("sm_90a", "sm_86"))
+    assert has_bulk_copies(hopper) and not has_bulk_copies(ampere)
+    assert (multiprocessors(hopper), multiprocessors(ampere)) == (132, 84)

@@ -68,10 +68,8 @@ def test_other_formats(kernels, rng, case, dtype):
 def test_knobs(kernels, knobs):
     """Any number of warps gives the same bits."""
     case, results = CASES[0], []
-    for chosen in (knobs, {}):
-        fresh = HandLaidWriters()
-        fresh.knobs = chosen
-        cache = SegmentedCache(fresh, np.random.default_rng(5), case, CachePolicy(center=128), 2, 300, "float16")
+    for chosen in (kernels, HandLaidWriters(**knobs)):
+        cache = SegmentedCache(chosen, np.random.default_rng(5), case, CachePolicy(center=128), 2, 300, "float16")
         cache.append(cache.draw(290), [290, 131])
         results.append((cache.cache, cache.centre))
     for one, other in zip(*results, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from rotquant_tvm.schedules.cuda_ops import WARP, block_sync
-from rotquant_tvm.schedules.held_rotation_cuda import HeldRotation
+from rotquant_tvm.schedules.held_rotation_cuda import HeldRotation, load_rotations
 from rotquant_tvm.schedules.vector_lanes_cuda import VectorLanes
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
@@ -30,9 +30,10 @@ def there_and_back(rotation, budget):
         data = [T.arg(name, T.buffer((rotation.data.size,), "float32")) for name in ("rotation", "inverse")]
         with T.launch_thread("blockIdx.x", 1), T.launch_thread("threadIdx.x", WARP * WARPS) as thread:
             lane, group = lanes.place(thread)
-            for part, coefficients in zip((held, inverse), data, strict=True):
-                part.load(coefficients, lane, thread // WARP, thread % WARP, WARPS)
-            block_sync()
+            held.place(lane)
+            inverse.place(lane)
+            if load_rotations(list(zip((held, inverse), data, strict=True)), thread, WARPS):
+                block_sync()
             raw, row = lanes.raw(), thread // WARP * lanes.groups + group
             lanes.load(raw, x, [row], lane)
             there = held.apply([lanes.unpack(raw)])

@@ -131,6 +131,16 @@ def test_cpus_are_served_by_their_level_and_those_below(log_of, tasks_of, tmp_pa
     assert ranks == {"x86-64-v2": None, "x86-64-v3": 0, "x86-64-v4": 1}
 
 
+def test_a_log_made_with_many_more_threads_does_not_serve(log_of, tasks_of, llvm, monkeypatch, tmp_path):
+    """How many parts a sequence is read in depends on how many threads there are."""
+    log = read_log(log_of(tmp_path, (tasks_of()[0], {"splits": 2}, 0.5), device={"attributes": {"threads": 8}}))
+    ranks = {}
+    for threads in (1, 3, 4, 8, 16, 17):
+        monkeypatch.setattr(record_lookup.tvm.runtime, "num_threads", lambda threads=threads: threads)
+        ranks[threads] = log_rank(log, llvm)
+    assert ranks == {1: None, 3: None, 4: 0, 8: 0, 16: 0, 17: None}
+
+
 def test_gpus_have_their_own_log_or_their_architectures(log_of, tasks_of, cuda, llvm, monkeypatch, tmp_path):
     def log(name, arch):
         slug = record_lookup.slug_of(name)

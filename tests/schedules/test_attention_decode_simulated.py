@@ -1,0 +1,137 @@
+"""The tensor-core decode kernel where there is no GPU: on the simulated one, against float64 attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rotquant_tvm.schedules.attention_decode_cuda import build
+
+from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
+
+from ..ops.cases import Case
+from ..ops.conftest import Kernels
+from ..ops.reference import attention, coefficients, filled_cache, stored_kv
+from ..ops.segmented import SegmentedCache
+from .cuda_targets import target_of
+from .simulated_decode import DecodeGPU
+from .test_attention_decode_cuda import SCALE, SEGMENTED, check, expected_of, gentle_cache, shape_of
+
+LENGTHS = np.array([0, 1, 33, 130], np.int32)
+CASES = [
+    (Case("hurwitz3", 128, 8, 2), "float16", {}),
+    (Case("hurwitz3", 64, 5, 1), "float32", {"warps": 4, "stages": 1}),
+    (Case("iso1/planar2", 80, 4, 2), "float16", {}),
+    (Case("hurwitz4/hurwitz1", 96, 3, 3), "float16", {"stages": 3}),
+    (Case("rotor3/rotor2", 80, 7, 1), "float32", {}),
+    (Case("planar2/hurwitz4", 256, 2, 1), "float16", {}),
+    (Case("turbo2/hurwitz3", 64, 13, 1), "float16", {}),
+    (Case("f16", 64, 4, 4), "float16", {}),
+    (Case("f16/hurwitz3", 96, 9, 1), "float32", {}),
+    (Case("hurwitz4/f16", 80, 2, 1), "float16", {}),
+    (Case("q8_0", 128, 4, 1), "float16", {}),
+    (Case("q4_0/q8_0", 96, 5, 1), "float16", {}),
+    (Case("q8_0/q4_0", 80, 2, 2), "float32", {}),
+    (Case("iso3/q8_0", 64, 4, 1), "float16", {}),
+]
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of the test's own."""
+    return np.random.default_rng(sum(request.node.name.encode()))
+
+
+def simulate(shape, arrays, knobs=None, arch="sm_90a", blocks=24):
+    """Run on a poisoned output; a GPU of few multiprocessors, so that streams have two or three splits."""
+    kernel = build(shape, target_of(arch), blocks=blocks, **{"warps": 4} | (knobs or {}))
+    out, counters = np.full_like(arrays[0], np.nan), np.zeros(1 << 16, np.int32)
+    DecodeGPU(kernel)(*(np.ascontiguousarray(array) for array in arrays), counters, out)
+    assert (counters == 0).all()
+    return out.astype(np.float64)
+
+
+@pytest.mark.parametrize(("case", "dtype", "knobs"), CASES, ids=str)
+def test_ragged_batches(rng, case, dtype, knobs):
+    cache = filled_cache(rng, case.codecs, case.kv_heads, 6, LENGTHS)
+    q = rng.standard_normal((4, 1, case.heads, case.head_dim)).astype(dtype)
+    actual = simulate(shape_of(case, dtype), [q, cache, LENGTHS], knobs)
+    check(actual, expected_of(case, q, cache, LENGTHS), 2e-3)
+
+
+@pytest.mark.parametrize("window", [1, 40, 100])
+def test_sliding_windows(rng, window):
+    case = Case("hurwitz3", 64, 4, 2)
+    cache = filled_cache(rng, case.codecs, case.kv_heads, 6, LENGTHS)
+    q = rng.standard_normal((4, 1, 4, 64)).astype(np.float32)
+    actual = simulate(shape_of(case, window=window), [q, cache, LENGTHS])
+    check(actual, expected_of(case, q, cache, LENGTHS, window), 2e-3)
+
+
+@pytest.mark.parametrize("pair", ["hurwitz3", "f16", "q8_0"])
+def test_without_bulk_copies(rng, pair):
+    """GPUs before sm_90 copy 16 bytes a lane."""
+    case = Case(pair, 64, 4, 2)
+    cache = gentle_cache(rng, case, 6, LENGTHS)
+    q = rng.standard_normal((4, 1, 4, 64)).astype(np.float16)
+    actual = simulate(shape_of(case, "float16"), [q, cache, LENGTHS], arch="sm_80")
+    check(actual, expected_of(case, q, cache, LENGTHS), 1e-3)
+
+
+@pytest.mark.parametrize("blocks", [1, 8, 40])
+def test_the_number_of_splits_hardly_matters(rng, blocks):
+    case = Case("hurwitz3", 64, 3, 1)
+    lengths = np.array([700], np.int32)
+    cache = gentle_cache(rng, case, 22, lengths)
+    q = rng.standard_normal((1, 1, 3, 64)).astype(np.float32)
+    actual = simulate(shape_of(case), [q, cache, lengths], blocks=blocks)
+    check(actual, expected_of(case, q, cache, lengths), 1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("case", "policy"), SEGMENTED, ids=str)
+def test_segments(rng, case, policy, window):
+    cache = SegmentedCache(Kernels("llvm"), rng, case, policy, 3, 300)
+    for counts in ([70, 0, 33], [100, 40, 1], [1, 1, 1]):
+        cache.append(cache.draw(max(counts)), counts)
+    q = rng.standard_normal((3, 1, case.heads, case.head_dim)).astype(np.float32)
+    shape = shape_of(case, window=window, policy=policy)
+    actual = simulate(shape, [q, *cache.arrays, cache.lengths])
+    seen = cache.seen()
+    expected = [
+        attention(q[b], seen[b, 0, :, :n], seen[b, 1, :, :n], SCALE, first=n - 1, window=window)
+        for b, n in enumerate(cache.lengths)
+    ]
+    check(actual, np.stack(expected), 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("case", "policy", "warps"),
+    [
+        (Case("hurwitz3", 128, 8, 2), NO_POLICY, 8),
+        (Case("iso3/rotor2", 80, 11, 1), NO_POLICY, 4),
+        (Case("hurwitz3", 64, 2, 1), CachePolicy(sinks=4, recent=8, center=64), 4),
+    ],
+    ids=str,
+)
+def test_raw_queries_and_outputs(rng, case, policy, warps):
+    """The kernel rotates queries and un-rotates outputs itself."""
+    lengths = np.array([1, 180], np.int32)
+    key, value = case.codecs
+    if policy.segmented:
+        cache = SegmentedCache(Kernels("llvm"), rng, case, policy, 2, 256)
+        cache.append(cache.draw(180), lengths)
+        arrays, seen = [*cache.arrays, cache.lengths], cache.seen()
+        keys, values = seen[:, 0], seen[:, 1]
+    else:
+        words = gentle_cache(rng, case, 6, lengths)
+        arrays, (keys, values) = [words, lengths], stored_kv(case.codecs, words)
+    q = rng.standard_normal((2, 1, case.heads, case.head_dim)).astype(np.float32)
+    rotations = [coefficients(key.rotation), coefficients(value.inverse_rotation)]
+    shape = replace(shape_of(case, policy=policy), rotated=True)
+    actual = simulate(shape, [q, *arrays, *rotations], {"warps": warps})
+    turned = key.rotation.apply(q.astype(np.float64))
+    for b, n in enumerate(lengths):
+        out = attention(turned[b], keys[b, :, :n], values[b, :, :n], SCALE, first=n - 1)
+        check(actual[b], value.inverse_rotation.apply(out), 2e-3)
