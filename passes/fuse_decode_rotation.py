@@ -22,7 +22,7 @@ from .kv_kernels import KernelLibrary, kernel_of, site_shape
 
 @tvm.transform.module_pass(opt_level=0, name="FuseDecodeRotation")
 class FuseDecodeRotation:
-    """Fuse rotate → attention_decode → rotate into one call; run after ``LowerKVOps``. The pipeline does so for GPUs."""
+    """Fuse rotate → attention_decode → rotate into one call; runs after ``LowerKVOps``, in the pipeline for GPUs."""
 
     def __init__(self, target: tvm.target.Target) -> None:
         """Set the target, whose kernels decide which rotations they take."""

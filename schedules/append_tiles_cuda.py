@@ -1,7 +1,8 @@
 """Append of many tokens on CUDA: every warp writes whole tiles.
 
-One half of the thread blocks writes keys, the other one values. Blocks stay and take tile after tile, since each multiplies out a rotation first (``tile_rotation_cuda``). While a warp
-encodes half a tile, the next two halves of its own are being copied.
+One half of the thread blocks writes keys, the other one values. Blocks stay and take tile after tile, since each
+multiplies out a rotation first (``tile_rotation_cuda``). While a warp encodes half a tile, the next two halves of its
+own are being copied.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.formats import TOKENS, Codec, TileLayout
 
-from .cuda_ops import WARP, Registers, block_sync, i32, scalar, warp_sync
+from .cuda_ops import WARP, Registers, block_sync, i32, scalar, shared_array, warp_sync
 from .tile_encoder_cuda import TileEncoder
 from .tile_rotation_cuda import TileRotation
 from .tile_rows_cuda import ROWS, HalfTileRows, commit_copies, wait_for_copies
@@ -55,7 +56,7 @@ class TileAppend:
         threads = self.warps * WARP
         with T.launch_thread("blockIdx.x", each * 2) as block, T.launch_thread("threadIdx.x", threads) as thread:
             with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", resident):
-                shared = T.alloc_buffer((self.matrix + 2 * self.warps * self.half,), "uint16", scope="shared.dyn")
+                shared = shared_array(self.matrix + 2 * self.warps * self.half, "uint16")
                 block, thread = scalar(i32(block)), scalar(i32(thread))
                 step = scalar(i32(each) * self.warps)
                 first = scalar(block // 2 * self.warps + thread // WARP)

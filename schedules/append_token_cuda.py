@@ -145,7 +145,7 @@ class _TokenWriter:
             store_words(self.at.cache, self.gain_word, [scalar(kept | bits << self.gain_shift)])
 
     def _exchange(self, core: VectorCore, values: Registers) -> list[Expr]:
-        """The vector's codes as the lane's tile wants them: per 16 dims a word of four bytes, or one for each of two dims."""
+        """The codes as the lane's tile wants them: per 16 dims a word of four bytes, or one for each of two dims."""
         lanes, order = core.lanes, self.stores.order
         shared = T.alloc_buffer((order.head_dim // 4,), "uint32", scope="shared")
         with T.If(core.group == 0), T.Then():

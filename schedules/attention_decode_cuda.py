@@ -22,7 +22,7 @@ from rotquant_tvm.ops.online_softmax import LOG2E
 from rotquant_tvm.ops.segments import segment_arguments
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
-from .cuda_ops import Registers, f32, half2, i32, load_words, scalar
+from .cuda_ops import Registers, f32, half2, i32, load_words, scalar, shared_array
 from .cuda_target import dynamic_shared_memory, has_bulk_copies, multiprocessors
 from .decode_softmax_cuda import Weights, merge_warps, merge_words
 from .knobs import chosen_knobs
@@ -144,7 +144,7 @@ class _Kernel:
         self.thread = thread
         self.lane, self.warp = scalar(thread % 32), scalar(thread // 32)
         splits, self.parts = (scalar(count.astype("int32")) for count in counts)
-        self.shared = T.alloc_buffer((self._words(self.stages),), "uint32", scope="shared.dyn")
+        self.shared = shared_array(self._words(self.stages), "uint32")
         streams = scalar(i32(self.batch * self.streams))
         self.stream, part = scalar(i32(block) % streams), scalar(i32(block) // streams)
         self.b = scalar(self.stream // self.streams)

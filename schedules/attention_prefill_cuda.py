@@ -20,7 +20,7 @@ from rotquant_tvm.ops.online_softmax import LOG2E
 from rotquant_tvm.ops.segments import Segments, segment_arguments
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
-from .cuda_ops import WARP, block_sync, f32, scalar
+from .cuda_ops import WARP, block_sync, f32, scalar, shared_array
 from .cuda_target import compute_capability, dynamic_shared_memory
 from .half_formats_cuda import half_format
 from .knobs import chosen_knobs
@@ -97,7 +97,7 @@ def _run(
 ) -> None:
     """What one thread block does for its rows; ``past`` tokens precede the chunk."""
     q, chunk, out = tensors
-    shared = T.alloc_buffer((tiling.size,), "float16", scope="shared.dyn")
+    shared = shared_array(tiling.size, "float16")
     lane, mine = scalar(rows.thread % WARP), scalar(rows.thread // WARP * (16 * tiling.row_tiles))
 
     def place(row: Expr, unit: Expr) -> Expr:

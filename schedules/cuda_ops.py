@@ -13,6 +13,7 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.backend.cuda import op as cuda
 from tvm.backend.cuda.ptx import PTXNamespace
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 Expr = Any
@@ -79,6 +80,11 @@ def scalar(value: Expr, dtype: str | None = None) -> Expr:
     cell = Registers(1, dtype or str(value.ty.dtype))
     cell[0] = value
     return cell[0]
+
+
+def shared_array(count: int, dtype: str) -> Any:
+    """Dynamic shared memory of a block; arrays of one name must have one type in all kernels of a module."""
+    return IRBuilder.name(f"shared_{dtype}", T.alloc_buffer((count,), dtype, scope="shared.dyn"))
 
 
 def prmt(low: Expr, high: Expr, selector: Expr) -> Expr:

@@ -10,7 +10,7 @@ from tvm.tirx.script.builder import ir as T
 from rotquant_tvm.formats import TOKENS
 from rotquant_tvm.ops.site_shape import SiteShape
 
-from .cuda_ops import WARP, Registers, bits_of, half2, i32, load_words, ptx, scalar, store_words, u32
+from .cuda_ops import WARP, Registers, bits_of, half2, i32, load_words, ptx, scalar, shared_array, store_words, u32
 from .tile_rows_cuda import ROWS, HalfTileRows, brain2, clip, commit_copies
 
 Expr = Any
@@ -37,7 +37,7 @@ class BlockRows:
 
     def prepare(self, plain: Any, new: list[Any], where: tuple[Expr, Expr], start: Expr, thread: Expr) -> None:
         """Allocate the rows; ``start`` is the position of the first new token."""
-        self.shared = T.alloc_buffer((self.halves,), "uint16", scope="shared.dyn")
+        self.shared = shared_array(self.halves, "uint16")
         self.plain, self.new, self.where = plain, new, where
         self.start, self.lane = scalar(start), scalar(thread % WARP)
 

@@ -18,8 +18,8 @@ from .vector_lanes_cuda import VectorLanes
 
 Expr = Any
 Structure = Sequence[tuple[int, int]]
-REGISTER_WEIGHTS = 96
-"""How many registers a lane may keep weights in; layers beyond are kept in shared memory."""
+REGISTER_WEIGHTS = 32
+"""How many registers a lane may keep weights in; layers beyond the first are kept in shared memory if they are more."""
 WEIGHT_KNOB = (32, 64, 96, 128)
 """Values of a knob for that number."""
 STATIC_FLOATS = 8 * 1024

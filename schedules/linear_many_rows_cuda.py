@@ -14,9 +14,9 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from .cuda_ops import WARP, Registers, block_sync, f32, mma_half, ptx, scalar
+from .cuda_ops import WARP, Registers, block_sync, f32, mma_half, ptx, scalar, shared_array
 from .dependent_launch_cuda import let_next_start, wait_for_inputs
-from .linear_operands_cuda import Operands, shared_array, silu
+from .linear_operands_cuda import Operands, silu
 
 Expr = Any
 SLICE = 64

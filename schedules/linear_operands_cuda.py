@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm.tirx as tir
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from .cuda_ops import Registers, f32, pack_half2, ptx
@@ -114,11 +113,6 @@ def _read(buffer: Any, index: list[Expr]) -> Expr:
     single = Registers(1, "float32")
     ptx("ld.global.f32", single[0], buffer.ptr_to(index))
     return single[0]
-
-
-def shared_array(count: int, dtype: str) -> Any:
-    """Dynamic shared memory of a block; arrays of one name must have one type in all kernels of a module."""
-    return IRBuilder.name(f"shared_{dtype}", T.alloc_buffer((count,), dtype, scope="shared.dyn"))
 
 
 def silu(value: Expr) -> Expr:

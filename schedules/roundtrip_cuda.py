@@ -28,7 +28,13 @@ def roundtrip_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc
 
 
 def build(
-    shape: CodecShape, target: Target, *, elements: int = 8, weights: int = REGISTER_WEIGHTS, table: int | None = None, **loop_knobs: int
+    shape: CodecShape,
+    target: Target,
+    *,
+    elements: int = 8,
+    weights: int = REGISTER_WEIGHTS,
+    table: int | None = None,
+    **loop_knobs: int,
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.roundtrip``; None if there is none. For knobs see ``KNOBS``."""
     core = format_core(shape, elements, codes=False, table=None if table is None else bool(table), weights=weights)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
@@ -21,6 +20,7 @@ from rotquant_tvm.formats.linear import LINEAR_LIMIT
 from rotquant_tvm.ops.vector_code import corrected_gain
 
 from .cuda_ops import Registers, any_lane, bits_of, f32, pack_half2, prmt, ptx, scalar, shuffle_xor, u32
+from .stepped_table_cuda import SteppedTable, fma
 from .tile_pack_cuda import EVERY_NIBBLE, Lane
 from .tile_rows_cuda import pack_brain2
 
@@ -36,8 +36,10 @@ ELEMENTS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 @dataclass(frozen=True)
 class HalfTileCodes:
-    """``groups``: a lane's words, in order (one to a group; two at 8 bits, four at 16). ``gains``: [row][slot] float16
-    bits as uint32, known to all lanes that share the token.
+    """What a lane has of half a tile.
+
+    groups  its words in order: one to a group, two at 8 bits, four at 16.
+    gains   [row][slot], float16 bits as uint32, known to all lanes that share the token.
     """
 
     groups: list[Expr]
@@ -46,7 +48,7 @@ class HalfTileCodes:
 
 @dataclass(frozen=True)
 class Guard:
-    """``repair`` brings values back into the finite float16 range, for which a squared norm up to ``proof`` is proof."""
+    """``repair`` brings values into the finite float16 range; a squared norm up to ``proof`` says that they are."""
 
     proof: float
     repair: Callable[[], None]
@@ -58,8 +60,9 @@ def supported(codec: Codec) -> bool:
 
 
 def encode_half_tile(codec: Codec, order: Lane, y: Registers, guard: Guard | None) -> HalfTileCodes:
-    """Quantize the values y[(k·2 + a)·4 + r·2 + u] of a lane (``Lane``), rotated already; all of them finite float16
-    values without a guard.
+    """Quantize the values y[(k·2 + a)·4 + r·2 + u] of a lane (``Lane``), rotated already.
+
+    Without a guard all of them are in the finite float16 range.
     """
     kind = codec.format.codebook
     if kind == "lloyd":
@@ -81,12 +84,6 @@ def _at(k: int, a: int, r: int, u: int) -> int:
     return (k * 2 + a) * 4 + r * 2 + u
 
 
-def _fma(a: Expr, b: Expr, c: Expr, saturate: bool = False) -> Expr:
-    cell = Registers(1, "float32")
-    ptx(f"fma.rn.ftz{'.sat' if saturate else ''}.f32", cell[0], f32(a), f32(b), f32(c))
-    return cell[0]
-
-
 def _step(value: Expr, boundary: Expr) -> Expr:
     """1 where |value| > boundary, else 0; ``boundary`` comes negated."""
     cell = Registers(1, "float32")
@@ -104,27 +101,6 @@ def share(values: Sequence[Expr], order: Lane, combine: Callable[[Expr, Expr], E
 
 def _half_bits(value: Expr) -> Expr:
     return scalar(tir.reinterpret("uint16", value).astype("uint32"))
-
-
-class SteppedTable:
-    """A table whose index is spelled by steps, the top one first, as a polynomial of them."""
-
-    def __init__(self, values: Sequence[float]) -> None:
-        terms = np.array(values, np.float64)
-        width = 1
-        while width < len(terms):  # each term less those with one step less
-            pairs = terms.reshape(-1, 2, width)
-            pairs[:, 1] -= pairs[:, 0]
-            width *= 2
-        self.terms = [float(np.float32(term)) for term in terms]
-
-    def value(self, steps: Sequence[Expr]) -> Expr:
-        """The entry, a Python number if the table has only one."""
-        terms: list[Any] = list(self.terms)
-        for step in steps:
-            half = len(terms) // 2
-            terms = [_fma(step, terms[half + n], terms[n]) for n in range(half)]
-        return terms[0]
 
 
 class _CodebookEncoder:
@@ -186,12 +162,12 @@ class _CodebookEncoder:
         top = self.bits - 1
         for a, u in ELEMENTS:
             slot, value, nibble = self.order.slot(a, r, u), self.y[_at(k, a, r, u)], 16.0 ** (2 * a + u)
-            total = _fma(_fma(value, HUGE, self.lifts[slot], saturate=True), 2.0**top * nibble, total)
+            total = fma(fma(value, HUGE, self.lifts[slot], saturate=True), 2.0**top * nibble, total)
             scaled = scalar(value * self.factors[slot])
             steps: list[Expr] = []
             for level, boundary in enumerate(self.boundaries):
                 steps.append(_step(scaled, boundary.value(steps)))
-                total = _fma(steps[-1], 2.0 ** (top - 1 - level) * nibble, total)
+                total = fma(steps[-1], 2.0 ** (top - 1 - level) * nibble, total)
             self._add(slot, scaled, self.centroids.value(steps))
         return total
 
@@ -287,7 +263,7 @@ def _nibbles(order: Lane, y: Registers) -> HalfTileCodes:
             ratio = y[_at(k, a, r, u)] * inverses[k][order.slot(a, r, u)] + f32(NIBBLE_ZERO + 0.5)
             code = Registers(1, "float32")
             ptx("add.rz.ftz.f32", code[0], tir.max(tir.min(ratio, f32(15)), f32(0)), f32(INTEGER))
-            total = _fma(code[0] - f32(INTEGER), 16.0 ** (2 * a + u), total)
+            total = fma(code[0] - f32(INTEGER), 16.0 ** (2 * a + u), total)
         groups.append(total)
     pairs = zip(groups[::2], groups[1::2], strict=True)
     return HalfTileCodes([prmt(bits_of(low), bits_of(high), u32(0x5410)) for low, high in pairs], gains)

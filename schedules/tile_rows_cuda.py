@@ -37,7 +37,7 @@ BRAIN_LIMIT = 0x477F
 BRAIN_REST = 0x4360
 
 Source = Callable[[Expr, Expr], tuple[Any, Sequence[Expr], Expr]]
-"""(row, element) -> the array and index that 16 bytes of a row come from, and whether the row is wanted (else zeros)."""
+"""(row, element) -> the array and index that 16 bytes of a row come from, and whether it is wanted (else zeros)."""
 
 
 def clip(value: Expr) -> Expr:

@@ -111,7 +111,7 @@ def _rotate_queries(axes: Axes, state: OnlineSoftmax, structure: Any, data: Any,
 def merge_splits(
     axes: Axes, partial: Any, sums: Any, out: Any, shape: tuple[Any, ...], dtype: str, after: Any = None
 ) -> None:
-    """Merge the splits' partial outputs by their log-sum-exp; ``after``: structure and data of a rotation of the sum."""
+    """Merge the splits' partial outputs by their log-sum-exp; ``after``: structure and data of a last rotation."""
     batch, kv_heads, splits, group, head_dim = shape
     with axes.blocks(batch * (kv_heads * group)) as block, T.sblock("merge"):
         piece = T.axis.spatial(batch * (kv_heads * group), block)

@@ -18,7 +18,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from ..schedules.knobs import Knobs, kernel_for, with_knobs
 from .knob_space import schedule_with
-from .trials import mean_seconds, trials_of
+from .trials import trials_of, typical_seconds
 from .tuning_task import TuningTask, without_choice
 
 _RANDOM_SHARE = 0.6
@@ -162,7 +162,7 @@ class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
     def notify_runner_results(self, measure_candidates: Any, results: Any) -> None:
         """Take in the times of the last candidates."""
         for knobs, result in zip(self.asked, results, strict=True):
-            self.search.tell(knobs, math.inf if result.error_msg else mean_seconds(result.run_secs))
+            self.search.tell(knobs, math.inf if result.error_msg else typical_seconds(result.run_secs))
 
     def clone(self) -> Any:
         """A strategy for the same search: a search is not to be done twice."""

@@ -19,6 +19,7 @@ from .knob_space import replayed_knobs
 from .log_folders import RECORD_FILE
 from .log_store import LogEntry, TuningLog, read_log
 from .shape_buckets import bucket_label
+from .trials import typical_seconds
 from .tuning_task import MAIN
 from .worker_process import last_line
 
@@ -65,7 +66,7 @@ def _entry_problems(entry: LogEntry, target: Target) -> list[str]:
         definition = _definition(entry)
         traced = TuningRecord.from_json(entry.tuning_record, Workload.from_json(entry.workload))
         knobs = replayed_knobs(traced.trace, definition)
-        seconds = [float(value) for value in traced.run_secs]
+        seconds = typical_seconds(traced.run_secs)
     except Exception as error:  # whatever TVM makes of a damaged line
         return [f"TVM cannot read it: {last_line(error)}"]
     problems = []
@@ -73,8 +74,8 @@ def _entry_problems(entry: LogEntry, target: Target) -> list[str]:
         problems.append("its workload is another kernel than the manifest says")
     if knobs != dict(record.knobs):
         problems.append(f"its trace chooses {knobs}, the manifest says {dict(record.knobs)}")
-    if not seconds or abs(sum(seconds) / len(seconds) / record.seconds - 1) > 1e-3:
-        problems.append(f"its times are {seconds}, the manifest says {record.seconds}")
+    if abs(seconds / record.seconds - 1) > 1e-3:
+        problems.append(f"it took {seconds} s, the manifest says {record.seconds}")
     return [*problems, *_rule_problems(entry, target, knobs)]
 
 

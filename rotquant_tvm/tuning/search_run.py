@@ -16,7 +16,7 @@ from .kernel_builder import KernelBuilder
 from .kernel_runner import KernelRunner, MeasuringProcess
 from .knob_search import KnobSearch, KnobStrategy
 from .knob_space import knob_space
-from .trials import FAILED_SECONDS, mean_seconds
+from .trials import FAILED_SECONDS, typical_seconds
 
 Progress = Callable[[str, int], None]
 """Told what was measured (a task's name) and how many candidates."""
@@ -120,7 +120,7 @@ class SearchRun:
             )
             if message:
                 self.failures.append(f"{search.task.name}: {message}")
-            self.measured += mean_seconds(seconds) < math.inf
+            self.measured += typical_seconds(seconds) < math.inf
         self.progress(search.task.name, len(candidates))
 
 

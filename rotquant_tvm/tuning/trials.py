@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,17 +83,17 @@ def trials_of(task: TuningTask, database: Any) -> list[Trial]:
     wanted = [info.as_json() for info in task.args_info]
     workload = database.commit_workload(task.workload)
     found = [
-        Trial(replayed_knobs(record.trace, task.definition), mean_seconds(record.run_secs), record)
+        Trial(replayed_knobs(record.trace, task.definition), typical_seconds(record.run_secs), record)
         for record in database.get_all_tuning_records()
         if record.workload.same_as(workload) and [info.as_json() for info in record.args_info or ()] == wanted
     ]
     return sorted(found, key=lambda trial: trial.seconds)
 
 
-def mean_seconds(run_secs: Any) -> float:
-    """The mean of a record's times; ``math.inf`` for a failure."""
+def typical_seconds(run_secs: Any) -> float:
+    """The median of a record's times, which other work on the machine does not move; ``math.inf`` for a failure."""
     times = [float(seconds) for seconds in run_secs or ()]
-    return sum(times) / len(times) if times and max(times) < FAILED_SECONDS else math.inf
+    return statistics.median(times) if times and max(times) < FAILED_SECONDS else math.inf
 
 
 def best_entry(task: TuningTask, trials: list[Trial], bandwidth: float | None) -> LogEntry | None:

@@ -57,7 +57,8 @@ class WorkerProcess:
         if process is not None:  # first, since closing a pipe would wait for whoever reads it
             with suppress(OSError):
                 process.kill()
-        with suppress(ImportError, OSError):  # at interpreter exit; a pipe that is closed already
+        # At interpreter exit; a pipe that is closed already; a process that whoever waited for it has cleared away.
+        with suppress(ImportError, OSError, AttributeError):
             self._worker.kill()
 
 

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from rotquant_tvm.errors import FormatError
 from rotquant_tvm.formats import KVFormat, TileLayout
-from rotquant_tvm.formats.trellis import STATES, TRELLIS_BITS, TRELLIS_HEAD_DIMS, Trellis, closed_path, ring_codes, states
+from rotquant_tvm.formats.trellis import (
+    STATES,
+    TRELLIS_BITS,
+    TRELLIS_HEAD_DIMS,
+    Trellis,
+    closed_path,
+    ring_codes,
+    states,
+)
 
 BITS = pytest.mark.parametrize("bits", TRELLIS_BITS)
 

@@ -10,7 +10,6 @@ import pytest
 import tvm
 
 import rotquant_tvm
-from rotquant_tvm.errors import DeviceError
 from rotquant_tvm.runtime.cuda_graph import CUDAGraph
 from rotquant_tvm.runtime.decode_graph import DecodeGraph
 
@@ -104,13 +103,11 @@ def test_it_records_without_running(library):
     np.testing.assert_array_equal(session.cache.device_lengths(), session.lengths)
 
 
-def test_what_waits_for_the_device_cannot_be_recorded():
-    def wait():
+def test_an_error_ends_the_recording():
+    def fail():
         raise ValueError("not to be recorded")
 
     with pytest.raises(ValueError, match="not to be recorded"):
-        CUDAGraph(tvm.cuda(0), wait)
+        CUDAGraph(tvm.cuda(0), fail)
     array = tvm.runtime.tensor(np.arange(4), tvm.cuda(0))
-    with pytest.raises((DeviceError, Exception)):
-        CUDAGraph(tvm.cuda(0), lambda: tvm.cuda(0).sync() or array.numpy() or 1 / 0)
     np.testing.assert_array_equal(array.numpy(), np.arange(4))

@@ -10,6 +10,7 @@ import tvm
 from tvm.target import Target
 
 from rotquant_tvm.codegen import compile_module
+from rotquant_tvm.target import resolve_target
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 
@@ -33,3 +34,10 @@ def cubin(build, arch: str) -> bytes:
     result = subprocess.run(command, input=source.encode(), capture_output=True, check=False)
     assert result.returncode == 0, result.stderr.decode()[-2000:]
     return result.stdout
+
+
+def this_gpu() -> Target:
+    """The GPU at hand, on Hopper with the instructions that are its own."""
+    target = resolve_target("cuda")
+    arch = str(target.attrs["arch"])
+    return target_of("sm_90a" if arch == "sm_90" else arch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import tvm
 from rotquant_tvm.schedules.append_cuda import append_kernel
 from rotquant_tvm.schedules.append_plain_cuda import append_plain_kernel
@@ -34,7 +36,7 @@ class HandLaidWriters(Kernels):
     ``laid_out`` collects the operators whose definition was replaced; ``knobs`` is chosen for all of them.
     """
 
-    WRITERS = {ops.append: append_kernel, ops.flush: flush_kernel, ops.append_plain: append_plain_kernel}
+    WRITERS: ClassVar = {ops.append: append_kernel, ops.flush: flush_kernel, ops.append_plain: append_plain_kernel}
 
     def __init__(self, **knobs: int) -> None:
         super().__init__("cuda")

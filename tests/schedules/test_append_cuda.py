@@ -12,7 +12,8 @@ from rotquant_tvm import ops
 from rotquant_tvm.ops.site_shape import SiteShape
 
 from ..ops.cases import CASES, Case
-from ..ops.conftest import has_gpu, rng  # noqa: F401 (a fixture)
+from ..ops.conftest import has_gpu
+from ..ops.conftest import rng as _rng
 from ..ops.reference import layout_of, random_words
 from ..ops.test_append import (  # noqa: F401 (tests of the definition, collected here with other kernels)
     TILES,
@@ -44,6 +45,9 @@ MORE_CASES = [
     Case("bf16/q8_0", 64, 2, 2),
 ]
 DECLINED = [Case("rotor3+tcq/planar2+tcq", 80, 4, 2), Case("q4_0/turbo3.5", 64, 4, 2)]
+
+
+rng = _rng
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from rotquant_tvm.schedules.append_plain_cuda import append_plain_cuda, append_p
 from rotquant_tvm import ops
 from rotquant_tvm.ops.site_shape import SiteShape
 
-from ..ops.conftest import has_gpu, rng  # noqa: F401 (a fixture)
+from ..ops.conftest import has_gpu
+from ..ops.conftest import rng as _rng
 from ..ops.test_append_plain import (  # noqa: F401 (tests of the definition, collected here with other kernels)
     POLICIES,
     test_each_token_enters_its_slot,
@@ -16,6 +17,8 @@ from ..ops.test_append_plain import (  # noqa: F401 (tests of the definition, co
 )
 from .cuda_targets import ARCHITECTURES, cubin, target_of
 from .hand_laid_writers import HandLaidWriters
+
+rng = _rng
 
 
 @pytest.fixture(scope="module")

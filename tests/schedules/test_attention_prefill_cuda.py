@@ -17,7 +17,7 @@ from rotquant_tvm.ops.site_shape import SiteShape
 from ..ops.cases import CASES as FORMAT_CASES
 from ..ops.cases import Case
 from ..ops.conftest import Kernels, has_gpu
-from ..ops.reference import attention, check_output, filled_cache
+from ..ops.reference import attention, filled_cache
 from ..ops.segmented import SegmentedCache
 from ..ops.test_attention_prefill import RAGGED, chunk, expected
 from .cuda_targets import ARCHITECTURES, cubin, target_of
@@ -46,12 +46,12 @@ SEGMENTED = [
 ]
 STEPS = ([70, 0, 3, 33], [130, 40, 1, 0], [1, 1, 1, 1], [64, 65, 1, 200])
 KNOB_CASES = [
-    {"stages": 2},
-    {"tokens": 32, "stages": 2},
+    {"tokens": 64, "stages": 1},
+    {"tokens": 64, "stages": 2},
     {"row_tiles": 1},
     {"warps": 8},
     {"warps": 2, "row_tiles": 1},
-    {"warps": 8, "row_tiles": 1, "tokens": 128},
+    {"warps": 8, "row_tiles": 1, "tokens": 128, "stages": 1},
 ]
 LONG = [(0, 300), (129, 257), (517, 64), (1000, 1), (65, 0), (63, 131)]
 
@@ -79,6 +79,20 @@ def gpu():
 @pytest.fixture(scope="module")
 def cpu():
     return Kernels("llvm")
+
+
+def check_output(actual, wanted):
+    """Assert outputs [..., d] to be the wanted ones, as far as keys, values and weights in float16 can tell.
+
+    A key's rounding moves its score by 2^-12 of it: the scores of the longest keys reach 30 here, and where two of them
+    compete the output moves by a few thousandths. Such vectors are few.
+    """
+    assert np.isfinite(actual).all()
+    error = np.linalg.norm(actual.astype(np.float64) - wanted, axis=-1)
+    size = np.linalg.norm(wanted, axis=-1) + 1e-6
+    assert (error <= 1.5e-2 * size).all(), (error / size).max()
+    assert np.mean(error <= 2e-3 * size) >= 0.98
+    assert np.sqrt(np.mean((error / size) ** 2)) <= 1e-3
 
 
 def compiled(gpu, shape, **knobs):

@@ -12,7 +12,8 @@ from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.ops.site_shape import SiteShape
 
 from ..ops.cases import Case
-from ..ops.conftest import has_gpu, rng  # noqa: F401 (a fixture)
+from ..ops.conftest import has_gpu
+from ..ops.conftest import rng as _rng
 from ..ops.segmented import SegmentedCache
 from ..ops.test_flush import (  # noqa: F401 (tests of the definition, collected here with other kernels)
     POLICIES,
@@ -34,6 +35,9 @@ CASES = [
     Case("q4_0/turbo4", 64, 2, 2),
     Case("dense2/q4_0", 96, 2, 2),
 ]
+
+
+rng = _rng
 
 
 @pytest.fixture(scope="module")

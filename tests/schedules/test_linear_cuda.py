@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
+from rotquant_tvm.schedules import dependent_launch_cuda
 from rotquant_tvm.schedules.linear_cuda import FEW, MANY, WARPGROUPS, CUDALinear, cuda_linear
 from rotquant_tvm.schedules.linear_few_rows_cuda import FewRows
 from rotquant_tvm.schedules.linear_many_rows_cuda import ManyRows
 from rotquant_tvm.schedules.linear_warpgroups_cuda import has_warpgroups, warpgroup_knobs
 
 from rotquant_tvm.codegen import compile_module
-from rotquant_tvm.target import resolve_target
 
 from ..ops.conftest import has_gpu
-from .cuda_targets import cubin, target_of
+from .cuda_targets import cubin, target_of, this_gpu
 from .simulated_tensor_cores import TensorCoreGPU
 
 SPECS = {
@@ -122,15 +122,18 @@ def test_tiles_fit_the_shared_memory():
 
 @requires_gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17, 64, 65, 200, 513])
 @pytest.mark.parametrize("name", [*SPECS, "large", "large-gated"])
-def test_on_a_gpu(name, rows):
+def test_on_a_gpu(name, rows, early, monkeypatch):
+    monkeypatch.setattr(dependent_launch_cuda, "BY_DEFAULT", early)
+    cuda_linear.cache_clear()
     large = {
         "large": CUDALinear(4096, (4096, 1024, 1024), (False,) * 3),
         "large-gated": CUDALinear(1024, (2816, 2816), (False, False), gated=True),
     }
     spec = large.get(name) or SPECS[name]
-    target = resolve_target("cuda")
+    target = this_gpu()
     variants = [(FEW, MANY)]
     if rows > 64:
         variants += [((), (knobs,)) for knobs in MANY]

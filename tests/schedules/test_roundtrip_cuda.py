@@ -25,7 +25,7 @@ def roundtrip_of(codec, x, knobs, where):
 @pytest.mark.parametrize(("text", "head_dim", "dtype", "knobs", "where"), with_gpu(*CASES, *TABLES, *PLAIN))
 def test_it_is_quantize_then_dequantize(text, head_dim, dtype, knobs, where):
     codec = codec_of(text, head_dim)
-    for shape in ((1, 1, 1), (3, 2, 7)):
+    for shape in ((1, 1, 1), (1, 2, 7)):
         x = vectors(head_dim, dtype, int(np.prod(shape))).reshape(*shape, head_dim)
         y = roundtrip_of(codec, x, knobs, where)
         flat = x.reshape(-1, head_dim)

@@ -10,7 +10,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.tuning.log_folders import RECORD_FILE, WORKLOAD_FILE
-from rotquant_tvm.tuning.trials import best_entry, mean_seconds, open_trials, trials_of
+from rotquant_tvm.tuning.trials import best_entry, open_trials, trials_of, typical_seconds
 from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
 from .conftest import trial
@@ -111,6 +111,6 @@ def test_where_everything_failed_there_is_no_record(task):
     assert only.knobs == {"splits": 2} and only.rule_seconds is None
 
 
-def test_means():
-    assert mean_seconds([1.0, 3.0]) == 2.0
-    assert mean_seconds([]) == mean_seconds(None) == mean_seconds([1.0, 1e10]) == math.inf
+def test_medians():
+    assert typical_seconds([1.0, 9.0, 2.0]) == 2.0
+    assert typical_seconds([]) == typical_seconds(None) == typical_seconds([1.0, 1e10]) == math.inf
