@@ -89,12 +89,22 @@ def compile_kernel(
 
 
 def bind_counters(kernel: Callable[..., None], func: tirx.PrimFunc) -> Callable[..., None]:
-    """A compiled kernel with its definition's arguments: counters that it takes besides are bound to it."""
+    """A compiled kernel with its definition's arguments: counters that it takes besides are bound to it.
+
+    They are its own, one array per device: launches on several streams must not overlap.
+    """
     attrs = func.attrs or {}
     if COUNTERS_ATTR not in attrs:
         return kernel
-    counters = tvm.runtime.tensor(np.zeros(int(attrs[COUNTERS_ATTR]), np.int32), tvm.cuda(0))
-    return lambda *arguments: kernel(*arguments[:-1], counters, arguments[-1])
+    arrays: dict[int, tvm.runtime.Tensor] = {}
+
+    def run(*arguments: Any) -> None:
+        index = int(arguments[-1].device.index or 0)
+        if index not in arrays:
+            arrays[index] = tvm.runtime.tensor(np.zeros(int(attrs[COUNTERS_ATTR]), np.int32), tvm.cuda(index))
+        kernel(*arguments[:-1], arrays[index], arguments[-1])
+
+    return run
 
 
 def is_tirx(func: Any) -> bool:

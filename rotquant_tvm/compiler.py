@@ -23,6 +23,7 @@ from .linker import export_library, linker_command
 from .pass_hooks import PassHooks, PassTimer
 from .pipeline import check_pass_names, kv_passes, operator_passes, pass_context, pass_names, run_passes
 from .report import compile_report
+from .session_limits import session_limits
 from .target import resolve_target
 from .tuning.record_lookup import TuningRecords
 from .tuning.shape_buckets import WantedSizes
@@ -168,6 +169,7 @@ def compile(
         stages.start("schedule")
         mod = run_passes(mod, operator_passes(target, records, WantedSizes(batch, capacity)), target)
         pass_seconds = timer.seconds(pass_names(target))  # before TVM runs some of the same passes again
+        mod = _with_limits(mod, target)
         stages.start("generate code")
         executable = compile_module(mod, target)
     stages.start("")
@@ -193,6 +195,13 @@ class _Stages:
         self._name, self._since = name, now
         if name and self.progress is not None:
             self.progress(name)
+
+
+def _with_limits(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    from .passes.quantize_kv_cache import read_cache_info, with_cache_info
+
+    limits = session_limits(mod, target)
+    return with_cache_info(mod, read_cache_info(mod) | limits) if limits else mod
 
 
 def _with_limit(imported: ImportedModel) -> tvm.IRModule:

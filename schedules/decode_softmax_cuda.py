@@ -53,7 +53,7 @@ class Weights:
         most = f32(0)
         for k in range(scores.count):
             shares[k] = tir.exp2(scores[k] - self.reference[0])
-            self.weights[k] = self.values.rounded(shares[k], None if gains is None else gains[k])
+            self.weights[k] = self.values.rounded(shares[k], None if gains is None else gains[k], k)
             most = tir.max(most, self.weights[k])
         return scalar(most)
 

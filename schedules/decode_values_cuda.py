@@ -29,7 +29,7 @@ class IntegerValues:
 
     limit = 65535.0
     """Weights stay below this; the reference moves before."""
-    head_room = 2
+    head_room = 1
     """Bits between the largest weight right after a move and the limit."""
 
     def __init__(self, codec: Codec, shared: Any, lane: Expr, narrow: bool) -> None:
@@ -38,6 +38,7 @@ class IntegerValues:
         self.blocks = codec.head_dim // 16
         self.sums = Registers(4 * self.blocks * self.parts)
         self.selector = Registers(1)
+        self.dither = Registers(4, "float32")
         self.scale = fine_grid(codec.codebook)[1]  # type: ignore[arg-type]
 
     def start(self) -> None:
@@ -46,6 +47,8 @@ class IntegerValues:
         # Which byte of a weight the lane's column takes.
         high, low = u32(0x0051), u32(0x0040)
         self.selector[0] = tir.Select(self.lane < 16, high, low) if self.narrow else high
+        for i in range(4):
+            self.dither[i] = f32(self.lane % 4) * f32(1 / 16) + f32((4 * i + 0.5) / 16)
 
     def load(self, codes: Expr) -> Registers:
         """Load the words of the codes section that begins at this word."""
@@ -54,9 +57,15 @@ class IntegerValues:
         load_code_words(words, self.shared, codes, self.lane, bits, head_dim)
         return words
 
-    def rounded(self, weight: Expr, gain: Expr) -> Expr:
-        """A weight times its value's gain as this product takes it: an integer, in the low bits of a float."""
-        return weight * gain + f32(MAGIC)
+    def rounded(self, weight: Expr, gain: Expr, k: int) -> Expr:
+        """A weight times its value's gain as this product takes it: an integer, in the low bits of a float.
+
+        Fractions are added before rounding down, others for other tokens: thousands of tokens far below the largest
+        one would all become 0 otherwise, where together they may outweigh it.
+        """
+        cell = Registers(1, "float32")
+        ptx("add.rm.f32", cell[0], weight * gain + self.dither[k // 2], f32(MAGIC))
+        return cell[0]
 
     def exceeds(self, most: Expr) -> Expr:
         """Whether the largest of the ``rounded`` weights is beyond the limit."""
@@ -110,8 +119,9 @@ class HalfValues:
         """Clear the sums."""
         self.sums.fill(f32(0))
 
-    def rounded(self, weight: Expr, gain: Expr | None) -> Expr:
+    def rounded(self, weight: Expr, gain: Expr | None, k: int) -> Expr:
         """A weight times its value's gain."""
+        del k
         return weight if gain is None else weight * gain
 
     def exceeds(self, most: Expr) -> Expr:

@@ -14,29 +14,36 @@ from rotquant_tvm.ops.vector_code import rotation_size
 
 from .code_rows_cuda import code_rows
 from .cuda_ops import block_sync
-from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOB, HeldRotation, load_rotations
+from .format_core_cuda import compared
+from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOBS, HeldRotation, load_rotations
 from .knobs import chosen_knobs
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "weights": WEIGHT_KNOB, **ROW_KNOBS}
-"""Elements per lane and vector; registers for the rotation's weights; and the loop over rows."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **WEIGHT_KNOBS, **ROW_KNOBS}
+"""Elements per lane and vector; the rotation's weights; and the loop over rows."""
 
 
 def dequantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
-    """The rule: a kernel for codebooks behind rotations of small blocks."""
+    """The rule: a kernel for plain codebooks behind rotations of small blocks."""
     shape = CodecShape.of(func)
-    return None if shape is None else build(shape, target, **chosen_knobs(func))
+    return None if shape is None or not compared(shape) else build(shape, target, **chosen_knobs(func))
 
 
 def build(
-    shape: CodecShape, target: Target, *, elements: int = 8, weights: int = REGISTER_WEIGHTS, **loop_knobs: int
+    shape: CodecShape,
+    target: Target,
+    *,
+    elements: int = 8,
+    weights: int = REGISTER_WEIGHTS,
+    staged: int = 0,
+    **loop_knobs: int,
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.dequantize``; None if there is none. For knobs see ``KNOBS``."""
     rows_of = code_rows(shape, elements)
     if rows_of is None:
         return None
     lanes = rows_of.lanes
-    inverse = HeldRotation(lanes, shape.structure[::-1], budget=weights)
+    inverse = HeldRotation(lanes, shape.structure[::-1], budget=weights, staged=bool(staged))
     head_dim, size = shape.head_dim, rotation_size(shape.structure, shape.head_dim)
     n = tir.Var("n", "int64")
     loop = RowLoop(n, lanes.groups, target, **loop_knobs)

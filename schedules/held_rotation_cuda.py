@@ -18,10 +18,10 @@ from .vector_lanes_cuda import VectorLanes
 
 Expr = Any
 Structure = Sequence[tuple[int, int]]
-REGISTER_WEIGHTS = 32
+REGISTER_WEIGHTS = 96
 """How many registers a lane may keep weights in; layers beyond the first are kept in shared memory if they are more."""
-WEIGHT_KNOB = (32, 64, 96, 128)
-"""Values of a knob for that number."""
+WEIGHT_KNOBS: dict[str, tuple[int, ...]] = {"weights": (32, 64, 96, 128), "staged": (0, 1)}
+"""Registers for a rotation's weights, and whether its coefficients come by way of shared memory."""
 STATIC_FLOATS = 8 * 1024
 """Up to how many floats of shared memory are declared; a launch has to ask for more."""
 
@@ -30,16 +30,22 @@ class HeldRotation:
     """The layers of a rotation, with their weights, for the vectors that a warp holds."""
 
     def __init__(
-        self, lanes: VectorLanes, structure: Structure, *, skip: Sequence[int] = (), budget: int = REGISTER_WEIGHTS
+        self,
+        lanes: VectorLanes,
+        structure: Structure,
+        *,
+        skip: Sequence[int] = (),
+        budget: int = REGISTER_WEIGHTS,
+        staged: bool = False,
     ) -> None:
         """Plan it, emitting nothing.
 
         ``skip``: layers that need no weights of their own. ``budget``: registers for weights (the first layer's are
-        kept there anyway).
+        kept there anyway). ``staged``: whether coefficients come by way of shared memory, which a block reads faster.
         """
         self.lanes = lanes
         self.layers = [LayerTaps(lanes, block, stride) for block, stride in structure]
-        self._skip = set(skip)
+        self._skip, self._staged = set(skip), staged
         self._in_registers = self._choose(budget)
         self._registers: dict[int, Registers] = {}
         self._shared: dict[int, tuple[Any, int]] = {}
@@ -64,8 +70,8 @@ class HeldRotation:
         return sum(self.layers[k].weights for k in (self._in_registers if layers is None else layers))
 
     @property
-    def waits(self) -> bool:
-        """Whether ``load`` waits for the block, and so for what its threads wrote before."""
+    def needs_weights(self) -> bool:
+        """Whether there is anything to load."""
         return len(self._skip) < len(self.layers)
 
     @property
@@ -78,14 +84,16 @@ class HeldRotation:
         count = len(self.layers)
         skip = [count - 1 - k for k in range(count) if self._mirrored(k)]
         structure = [(layer.block, layer.stride) for layer in reversed(self.layers)]
-        return HeldRotation(self.lanes, structure, skip=skip, budget=max(0, budget - self.register_weights()))
+        rest = max(0, budget - self.register_weights())
+        return HeldRotation(self.lanes, structure, skip=skip, budget=rest, staged=self._staged)
 
     def _mirrored(self, index: int) -> bool:
         return self.layers[index].local and index in self._in_registers
 
     @property
     def _staged_floats(self) -> int:
-        return max((layer.staged_floats for k, layer in enumerate(self.layers) if k not in self._skip), default=0)
+        needed = [layer.staged_floats for k, layer in enumerate(self.layers) if k not in self._skip]
+        return max(needed, default=0) if self._staged else 0
 
     @property
     def shared_floats(self) -> tuple[int, int]:
@@ -106,28 +114,31 @@ class HeldRotation:
         offset, first = 0, True
         for index, layer in enumerate(self.layers):
             if index not in self._skip:
-                if not first:
+                source = (coefficients, offset)
+                if self._staged:
+                    if not first:
+                        block_sync()
+                    layer.stage(shared, coefficients, offset, thread, warps * WARP)
                     block_sync()
-                layer.stage(shared, coefficients, offset, thread, warps * WARP)
-                block_sync()
+                    source = (shared, None)
                 if index in self._in_registers:
                     self._registers[index] = Registers(layer.weights, "float32")
-                    layer.load_weights(self._registers[index], shared, self._lane)
+                    layer.load_weights(self._registers[index], *source, self._lane)
                 else:
                     self._shared[index] = shared, kept
                     kept += layer.weights * self.lanes.lanes
                     with T.If(tir.all(thread // WARP == index % warps, thread % WARP < self.lanes.lanes)), T.Then():
-                        self._keep(index)
+                        self._keep(index, *source)
                 first = False
             offset += layer.block * self.lanes.head_dim
 
-    def _keep(self, index: int) -> None:
-        """Take a layer's staged coefficients to where its weights stay."""
+    def _keep(self, index: int, source: Any, offset: int | None) -> None:
+        """Take a layer's coefficients to where its weights stay."""
         layer, lane = self.layers[index], self._lane
         shared, first = self._shared[index]
         width = len(layer.taps)
         values = Registers(layer.weights, "float32")
-        layer.load_weights(values, shared, lane)
+        layer.load_weights(values, source, offset, lane)
         for register in range(self.lanes.elements):
             for k, count in _pieces(width):
                 row = [values[register * width + k + n] for n in range(count)]
@@ -172,20 +183,19 @@ def load_rotations(parts: Sequence[tuple[HeldRotation, Any]], thread: Expr, warp
 
     Returns whether the block must be waited for before they are applied, also for what was written before.
     """
-    parts = [(rotation, coefficients) for rotation, coefficients in parts if rotation.waits]
-    if not parts:
-        return True
+    parts = [(rotation, coefficients) for rotation, coefficients in parts if rotation.needs_weights]
     sizes = [rotation.shared_floats for rotation, _ in parts]
-    kept = -(-max(staged for staged, _ in sizes) // 4) * 4
+    kept = -(-max((staged for staged, _ in sizes), default=0) // 4) * 4
+    staging = kept > 0
     total = kept + sum(weights for _, weights in sizes)
     scope = "shared" if total <= STATIC_FLOATS else "shared.dyn"
-    shared = T.alloc_buffer((total,), "float32", scope=scope)
+    shared = T.alloc_buffer((total,), "float32", scope=scope) if total else None
     for number, ((rotation, coefficients), (_, weights)) in enumerate(zip(parts, sizes, strict=True)):
-        if number:
+        if number and staging:
             block_sync()  # of the one before, everything has been read
         rotation.load(coefficients, thread, warps, shared, kept)
         kept += weights
-    return any(rotation.uses_shared for rotation, _ in parts)
+    return not staging or any(rotation.uses_shared for rotation, _ in parts)
 
 
 def _pieces(width: int) -> list[tuple[int, int]]:

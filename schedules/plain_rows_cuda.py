@@ -44,7 +44,8 @@ class PlainRows:
         ring_turns = tir.if_then_else(
             stored - sinks > first, (stored - sinks + (ROWS - 1)) // ROWS - first // ROWS, i32(0)
         )
-        turns = scalar(ring_turns + sink_turns if self.policy.ring else i32(sink_turns))
+        turns = ring_turns + sink_turns if self.policy.ring else i32(sink_turns)
+        turns = scalar(tir.if_then_else(stored > 0, turns, i32(0)))  # an empty sequence may have no row at all
         with T.serial(0, (turns - warp + (warps - 1)) // warps) as turn:
             number = scalar(warp + turn * warps)
             in_sinks = number < sink_turns

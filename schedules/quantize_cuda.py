@@ -12,26 +12,32 @@ from rotquant_tvm.ops.codec_shape import CodecShape
 from rotquant_tvm.ops.site_shape import OP_ATTR
 from rotquant_tvm.ops.vector_code import rotation_size
 
-from .format_core_cuda import format_core
-from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOB
+from .format_core_cuda import compared, format_core
+from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOBS
 from .knobs import chosen_knobs
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "weights": WEIGHT_KNOB, **ROW_KNOBS}
-"""Elements per lane and vector; registers for the rotation's weights; and the loop over rows."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **WEIGHT_KNOBS, **ROW_KNOBS}
+"""Elements per lane and vector; the rotation's weights; and the loop over rows."""
 
 
 def quantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
-    """The rule: a kernel for plain codebooks behind rotations of small blocks, and for formats without either."""
+    """The rule: a kernel for plain codebooks behind rotations of small blocks."""
     shape = CodecShape.of(func)
-    return None if shape is None else build(shape, target, **chosen_knobs(func))
+    return None if shape is None or not compared(shape) else build(shape, target, **chosen_knobs(func))
 
 
 def build(
-    shape: CodecShape, target: Target, *, elements: int = 8, weights: int = REGISTER_WEIGHTS, **loop_knobs: int
+    shape: CodecShape,
+    target: Target,
+    *,
+    elements: int = 8,
+    weights: int = REGISTER_WEIGHTS,
+    staged: int = 0,
+    **loop_knobs: int,
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.quantize``; None if there is none. For knobs see ``KNOBS``."""
-    core = format_core(shape, elements, codes=True, weights=weights)
+    core = format_core(shape, elements, codes=True, weights=weights, staged=staged)
     if core is None:
         return None
     lanes, head_dim, size = core.lanes, shape.head_dim, rotation_size(shape.structure, shape.head_dim)

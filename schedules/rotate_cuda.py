@@ -12,23 +12,32 @@ from rotquant_tvm.ops.rotate import RotationShape
 from rotquant_tvm.ops.site_shape import OP_ATTR
 
 from .cuda_ops import block_sync
-from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOB, HeldRotation, load_rotations
+from .format_core_cuda import COMPARED_DTYPES, compared_rotation
+from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOBS, HeldRotation, load_rotations
 from .knobs import chosen_knobs
 from .vector_lanes_cuda import ITEM_BYTES, VectorLanes
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "weights": WEIGHT_KNOB, **ROW_KNOBS}
-"""Elements per lane and vector; registers for the rotation's weights; and the loop over rows."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **WEIGHT_KNOBS, **ROW_KNOBS}
+"""Elements per lane and vector; the rotation's weights; and the loop over rows."""
 
 
 def rotate_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
     """The rule."""
     shape = RotationShape.of(func)
-    return None if shape is None else build(shape, target, **chosen_knobs(func))
+    if shape is None or shape.dtype not in COMPARED_DTYPES or not compared_rotation(shape.structure, shape.head_dim):
+        return None
+    return build(shape, target, **chosen_knobs(func))
 
 
 def build(
-    shape: RotationShape, target: Target, *, elements: int = 8, weights: int = REGISTER_WEIGHTS, **loop_knobs: int
+    shape: RotationShape,
+    target: Target,
+    *,
+    elements: int = 8,
+    weights: int = REGISTER_WEIGHTS,
+    staged: int = 0,
+    **loop_knobs: int,
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.rotate``; None if there is none. For knobs see ``KNOBS``."""
     if shape.dtype not in ITEM_BYTES:
@@ -36,7 +45,7 @@ def build(
     lanes = VectorLanes.choose(shape.head_dim, shape.dtype, elements)
     if not HeldRotation.possible(lanes, shape.structure):
         return None
-    held, head_dim = HeldRotation(lanes, shape.structure, budget=weights), shape.head_dim
+    held, head_dim = HeldRotation(lanes, shape.structure, budget=weights, staged=bool(staged)), shape.head_dim
     sizes = [tir.Var(f"n{i}", "int64") for i in range(3)]
     loop = RowLoop(sizes[0] * sizes[1] * sizes[2], lanes.groups, target, **loop_knobs)
     zero = tir.const(0, "int64")

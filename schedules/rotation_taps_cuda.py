@@ -104,18 +104,19 @@ class LayerTaps:
                 for k in range(0, 4, width):
                     store_words(staged, [place + k], [piece[k + n] for n in range(width)], "shared")
 
-    def load_weights(self, target: Registers, staged: Any, lane: Expr) -> None:
-        """Read the lane's weights from staged coefficients."""
+    def load_weights(self, target: Registers, source: Any, offset: int | None, lane: Expr) -> None:
+        """Read the lane's weights from ``offset`` of ``Rotation.data`` on; from staged coefficients if it is None."""
         arrange = {"xor": self._exchanged, "band": self._band, "cycle": self._cycle}[str(self.kind)]
         for register in range(self.lanes.elements):
             dim = self.lanes.dim(lane, register)
             if self.lanes.idle(register // self.lanes.access):
                 dim = scalar(tir.min(dim, self.lanes.head_dim - 1))
             row = Registers(self.block, "float32")
-            first = scalar((dim + dim // self.lanes.access) * self.block)
+            place = dim + dim // self.lanes.access if offset is None else dim
+            first = scalar(place * self.block + (offset or 0))
             wide = self.block if self.block in (2, 4) else 1
             for k in range(0, self.block, wide):
-                load_words(row, k, staged, [first + k], wide, "shared")
+                load_words(row, k, source, [first + k], wide, "shared" if offset is None else "global.nc")
             weights = [scalar(value) for value in arrange(register, dim, list(row), lane)]
             for tap, value in zip(self.taps, weights, strict=True):
                 target[self.slot(register, tap)] = self.lanes.where_active(lane, register, value)

@@ -12,19 +12,19 @@ from rotquant_tvm.ops.codec_shape import CodecShape
 from rotquant_tvm.ops.site_shape import OP_ATTR
 from rotquant_tvm.ops.vector_code import rotation_size
 
-from .format_core_cuda import format_core
-from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOB
+from .format_core_cuda import compared, format_core
+from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOBS
 from .knobs import chosen_knobs
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), "weights": WEIGHT_KNOB, "table": (0, 1), **ROW_KNOBS}
-"""Elements per lane and vector; registers for the rotation's weights; codes by a table; and the loop over rows."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **WEIGHT_KNOBS, "table": (0, 1), **ROW_KNOBS}
+"""Elements per lane and vector; the rotation's weights; whether a table gives codes; and the loop over rows."""
 
 
 def roundtrip_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
-    """The rule: a kernel for plain codebooks behind rotations of small blocks, and for formats without either."""
+    """The rule: a kernel for plain codebooks behind rotations of small blocks."""
     shape = CodecShape.of(func)
-    return None if shape is None else build(shape, target, **chosen_knobs(func))
+    return None if shape is None or not compared(shape) else build(shape, target, **chosen_knobs(func))
 
 
 def build(
@@ -33,11 +33,13 @@ def build(
     *,
     elements: int = 8,
     weights: int = REGISTER_WEIGHTS,
+    staged: int = 0,
     table: int | None = None,
     **loop_knobs: int,
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.roundtrip``; None if there is none. For knobs see ``KNOBS``."""
-    core = format_core(shape, elements, codes=False, table=None if table is None else bool(table), weights=weights)
+    by_table = None if table is None else bool(table)
+    core = format_core(shape, elements, codes=False, table=by_table, weights=weights, staged=staged)
     if core is None:
         return None
     lanes, head_dim, size = core.lanes, shape.head_dim, rotation_size(shape.structure, shape.head_dim)

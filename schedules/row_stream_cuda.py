@@ -67,7 +67,10 @@ class RowSource:
     stop: Expr
 
     def copy(self, shared: Any, at: Expr, role: int, row: Expr, dim: Expr) -> None:
-        """Start copying dims ``dim`` … + 7 of a row of K or V to element ``at`` of shared memory; 0 at ``stop`` …."""
+        """Start copying dims ``dim`` … + 7 of a row of K or V to element ``at`` of shared memory.
+
+        Rows from ``stop`` on read as 0.
+        """
         if self.kept is None:
             copy_ahead(shared, at, self.chunk[role], [*self.where, row, dim], row < self.stop)
             return

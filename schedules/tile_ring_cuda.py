@@ -60,6 +60,8 @@ class TileRing:
 
     def refill(self, source: Any, number: Expr, count: Expr) -> None:
         """Copy tile ``number`` (if below ``count``) where the oldest one was, which every lane has done reading."""
+        if self.bulk:
+            ptx("fence.proxy.async.shared::cta")  # a warp's barrier alone waits for no loads
         warp_sync()
         self._copy(source, self._stage[0], number, count)
 

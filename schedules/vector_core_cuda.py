@@ -68,17 +68,18 @@ class VectorCore:
         codes: bool,
         table: bool | None = None,
         weights: int = REGISTER_WEIGHTS,
+        staged: bool = False,
     ) -> None:
         """Plan for a format.
 
         ``codes`` and ``table`` are those of ``CodeLookup`` (None: as many bits suggest), ``weights`` the budget of
-        ``HeldRotation``.
+        ``HeldRotation`` and ``staged`` its too.
         """
         self.shape, self.lanes = shape, lanes
         book = Codebook(shape.bits, shape.head_dim)
         self.lookup = CodeLookup(book, codes=codes, table=shape.bits >= TABLE_BITS if table is None else table)
         self.scale = float(book.scale)
-        self.rotation = HeldRotation(lanes, shape.structure, budget=weights)
+        self.rotation = HeldRotation(lanes, shape.structure, budget=weights, staged=staged)
         self.inverse = self.rotation.inverse(weights)
         self.lane: Expr = None
         self.group: Expr = None

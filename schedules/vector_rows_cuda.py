@@ -30,6 +30,10 @@ ROW_KNOBS: dict[str, tuple[int, ...]] = {
 whether to start early (``dependent_launch_cuda``); whether vectors are read and written as what is not needed again."""
 
 
+FEW_BLOCKS = 264
+"""Up to so many, a block takes one step."""
+
+
 class RowLoop:
     """The rows of one warp: in a step, each lane works on ``rows`` vectors and the warp on ``groups`` times as many."""
 
@@ -53,7 +57,10 @@ class RowLoop:
         self.write = "global.cs" if stream else "global"
         """How rows are accessed (``cuda_ops.load_words``, ``store_words``)."""
         per_block = groups * rows * warps
-        self.grid = tir.min((total + (per_block - 1)) // per_block, tir.const(blocks, "int64"))
+        needed = (total + (per_block - 1)) // per_block
+        # Two steps to a block are faster than one to each of twice as many: every block reads the weights first.
+        enough = tir.max((needed + 1) // 2, tir.const(FEW_BLOCKS, "int64"))
+        self.grid = tir.min(tir.min(needed, enough), tir.const(blocks, "int64"))
 
     @contextmanager
     def launch(self) -> Iterator[tuple[Any, Any]]:

@@ -50,7 +50,8 @@ class LayerInfo:
 class KVCacheInfo:
     """The checked form of a library's ``kv_cache_info()``; ``document`` is the JSON it came from.
 
-    ``batch`` is the one number of sequences that the library was compiled for, or None if it takes any.
+    ``batch`` is the one number of sequences that the library was compiled for, or None if it takes any;
+    ``max_batch`` the most that its kernels take, or None. ``recordable``: a step's launches may be replayed.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -59,6 +60,8 @@ class KVCacheInfo:
     dtype: str
     weights: tuple[str, ...]
     batch: int | None = None
+    max_batch: int | None = None
+    recordable: bool = False
     document: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @classmethod
@@ -85,6 +88,8 @@ class KVCacheInfo:
             dtype=entry(document, "dtype", str, where),
             weights=tuple(names),
             batch=positive(document, "batch", where) if "batch" in document else None,
+            max_batch=positive(document, "max_batch", where) if "max_batch" in document else None,
+            recordable=entry(document, "recordable", bool, where) if "recordable" in document else False,
             document=dict(document),
         )
 

@@ -97,6 +97,9 @@ class CompiledLibrary:
     def check_batch(self, batch: int) -> None:
         """Raise UsageError unless the library can run ``batch`` sequences at once."""
         require_positive("batch", batch)
+        if self.info.max_batch is not None and batch > self.info.max_batch:
+            most = self.info.max_batch
+            raise UsageError(f"the batch is {batch}; the library's kernels take {most} sequences at once")
         if self.info.batch not in (None, batch):
             raise UsageError(
                 f"the model was compiled for a batch of {self.info.batch} and this is one of {batch}; "

@@ -222,7 +222,7 @@ class Session:
 
     def _step(self, tokens: np.ndarray) -> np.ndarray:
         """Run decode: on CUDA the second step over a cache is recorded as a graph, which the others replay."""
-        if self.library.device.type != "cuda" or self._instrumented:
+        if self.library.device.type != "cuda" or self._instrumented or not self.library.info.recordable:
             return self._run("decode", tokens)
         if self._stepped is not self._cache:
             self._stepped, self._graph = self._cache, None

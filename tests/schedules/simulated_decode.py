@@ -82,6 +82,12 @@ class DecodeBlock(TensorCoreBlock):
                 result |= terms[0] & terms[1] & terms[2]
         self._set(target, result)
 
+    def call_ptx_add(self, args, words, expr) -> None:
+        assert words[0] == "rm"
+        exact = self.value(args[1]).astype(np.float64) + self.value(args[2])
+        result = exact.astype(np.float32)
+        self._set(args[0], np.where(result > exact, np.nextafter(result, np.float32(-np.inf)), result))
+
     def call_ptx_cvt(self, args, words, expr) -> None:
         assert words[0] == "rni"
         self._set(args[0], np.rint(self.value(args[1])).astype(np.int32))

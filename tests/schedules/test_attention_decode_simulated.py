@@ -9,6 +9,7 @@ import pytest
 from rotquant_tvm.schedules.attention_decode_cuda import build
 
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
+from rotquant_tvm.formats import TileLayout
 
 from ..ops.cases import Case
 from ..ops.conftest import Kernels
@@ -135,3 +136,35 @@ def test_raw_queries_and_outputs(rng, case, policy, warps):
     for b, n in enumerate(lengths):
         out = attention(turned[b], keys[b, :, :n], values[b, :, :n], SCALE, first=n - 1)
         check(actual[b], value.inverse_rotation.apply(out), 2e-3)
+
+
+@pytest.mark.parametrize("distance", [9, 13, 16, 18])
+def test_many_tokens_far_below_one(rng, distance):
+    """A first token that takes 2^distance times the weight of each other one, whose values have a common mean."""
+    case, tokens = Case("hurwitz4", 64, 1, 1), 1024
+    key, value = case.codecs
+    direction = np.zeros(64)
+    direction[0] = 1
+    keys = np.tile(direction, (tokens, 1)) * 1e-3
+    keys[0] = direction
+    values = rng.standard_normal((tokens, 64)) * 0.3 + rng.standard_normal(64)
+    layout = TileLayout(key.format, value.format, 64)
+    rows = [key.encode(key.unrotate(keys).reshape(1, 1, -1, 32, 64)), value.encode(values.reshape(1, 1, -1, 32, 64))]
+    cache = np.ascontiguousarray(layout.pack(*rows)).view(np.uint32)
+    lengths = np.array([tokens], np.int32)
+    stored = stored_kv(case.codecs, cache)[0][0, 0]
+    q = np.zeros((1, 1, 1, 64), np.float32)
+    q[0, 0, 0] = stored[0] / (stored[0] @ stored[0]) * distance * np.log(2) / SCALE
+    actual = simulate(shape_of(case), [q, cache, lengths], {"warps": 1}, blocks=1)
+    check(actual, expected_of(case, q, cache, lengths), 2e-3)
+
+
+def test_an_empty_sequence_beside_others_reads_no_row(rng):
+    """Its 16-bit rows may never have been written."""
+    case, policy = SEGMENTED[0]
+    cache = SegmentedCache(Kernels("llvm"), rng, case, policy, 2, 300)
+    cache.append(cache.draw(90), [90, 0])
+    cache.plain[1] = np.nan
+    q = rng.standard_normal((2, 1, case.heads, case.head_dim)).astype(np.float32)
+    actual = simulate(shape_of(case, policy=policy), [q, *cache.arrays, cache.lengths])
+    assert np.isfinite(actual).all() and (actual[1] == 0).all()

@@ -42,6 +42,11 @@ def test_kernels_compile(arch):
     compile_cubin([kernel("dequantize", codec_of(t, d), dtype, k, cuda_target(arch)) for t, d, dtype, k in cases], arch)
 
 
-@pytest.mark.parametrize("text", ["dense3", "turbo3+qjl", "turbo2.5", "rq2"])
+@pytest.mark.parametrize(("text", "head_dim"), [("iso3", 512), ("rotor2:ip", 80), ("hurwitz4", 256), ("turbo1", 64)])
+def test_the_rule_takes_what_has_been_compared_on_a_gpu(text, head_dim):
+    assert gpu_kernel(dequantize(codec_of(text, head_dim), "float16", AXES), target_of("")) is not None
+
+
+@pytest.mark.parametrize("text", ["dense3", "turbo3+qjl", "turbo2.5", "rq2", "q8_0", "f16"])
 def test_it_declines_what_it_does_not_know(text):
     assert gpu_kernel(dequantize(codec_of(text, 128), "float16", AXES), target_of("")) is None

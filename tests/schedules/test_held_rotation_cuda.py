@@ -17,11 +17,11 @@ from .simulated_gpu import SimulatedGPU
 WARPS = 2
 
 
-def there_and_back(rotation, budget):
+def there_and_back(rotation, budget, staged):
     """y = R x and z = Rᵀ y, of one vector per group of lanes."""
     head_dim = rotation.head_dim
     lanes = VectorLanes.choose(head_dim, "float32")
-    held = HeldRotation(lanes, rotation.structure, budget=budget)
+    held = HeldRotation(lanes, rotation.structure, budget=budget, staged=staged)
     inverse = held.inverse(budget)
     rows = lanes.groups * WARPS
     with IRBuilder() as builder, T.prim_func(s_tir=False):
@@ -45,11 +45,12 @@ def there_and_back(rotation, budget):
     return held, inverse, (x, y, z)
 
 
+@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("budget", [0, 64, 10_000])
 @pytest.mark.parametrize(("family", "head_dim"), [("turbo", 128), ("hurwitz", 80), ("rotor", 64), ("iso", 96)])
-def test_weights_anywhere_give_the_same(family, head_dim, budget):
+def test_weights_anywhere_give_the_same(family, head_dim, budget, staged):
     rotation = Rotation.draw(family, head_dim, 7)
-    held, inverse, (x, y, z) = there_and_back(rotation, budget)
+    held, inverse, (x, y, z) = there_and_back(rotation, budget, staged)
     np.testing.assert_allclose(y, rotation.apply(x.astype(float)), atol=1e-5)
     np.testing.assert_allclose(z, x, atol=1e-5)
     several = len(held.layers) > 1

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from rotquant_tvm.schedules.rotate_cuda import rotate_cuda
+from rotquant_tvm.schedules.rotate_cuda import build, rotate_cuda
 
 from rotquant_tvm.formats import Rotation
 from rotquant_tvm.ops import rotate
+from rotquant_tvm.ops.rotate import RotationShape
 
 from ..ops.reference import coefficients
 from .simulated_gpu import cuda_target
@@ -33,7 +34,7 @@ CASES = [
 
 def kernel_of(rotation, dtype, arch="sm_90a"):
     """The kernel for a rotation's structure."""
-    found = rotate_cuda(rotate(rotation.structure, rotation.head_dim, dtype, AXES), cuda_target(arch))
+    found = build(RotationShape(rotation.structure, rotation.head_dim, dtype), cuda_target(arch))
     assert found is not None
     return found
 
@@ -52,6 +53,15 @@ def test_rotates_as_numpy_does(family, head_dim, dtype, where):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_kernels_compile(arch):
     compile_cubin([kernel_of(Rotation.draw(family, head_dim), dtype, arch) for family, head_dim, dtype in CASES], arch)
+
+
+def test_the_rule_takes_what_has_been_compared_on_a_gpu():
+    def taken(family, head_dim, dtype):
+        structure = Rotation.draw(family, head_dim).structure
+        return rotate_cuda(rotate(structure, head_dim, dtype, AXES), cuda_target()) is not None
+
+    assert taken("hurwitz", 256, "float16") and taken("rotor", 512, "float32")
+    assert not taken("turbo", 512, "float16") and not taken("planar", 64, "bfloat16")
 
 
 def test_it_declines_dense_rotations():

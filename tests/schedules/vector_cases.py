@@ -7,18 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import tvm
-from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
-from rotquant_tvm.schedules.knobs import with_knobs
+from rotquant_tvm.schedules import dequantize_cuda, quantize_cuda, roundtrip_cuda
 
 from rotquant_tvm.codegen import compile_module
 from rotquant_tvm.formats import EncodedKV, KVFormat
-from rotquant_tvm.ops import Axes, dequantize, quantize, roundtrip
+from rotquant_tvm.ops import Axes
+from rotquant_tvm.ops.codec_shape import CodecShape
 from rotquant_tvm.target import resolve_target
 
 from .simulated_gpu import SimulatedGPU, cuda_target
 
 AXES = Axes("cuda")
-OPERATORS = {"quantize": quantize, "dequantize": dequantize, "roundtrip": roundtrip}
+BUILD = {"quantize": quantize_cuda.build, "dequantize": dequantize_cuda.build, "roundtrip": roundtrip_cuda.build}
 
 CASES = [  # format, head_dim, dtype, knobs
     ("iso4", 128, "float16", {}),
@@ -64,7 +64,7 @@ def target_of(where: str) -> tvm.target.Target:
 
 def kernel(operator: str, codec, dtype: str, knobs: dict, target: tvm.target.Target):
     """The kernel that takes a definition's place."""
-    found = gpu_kernel(with_knobs(OPERATORS[operator](codec, dtype, AXES), knobs), target)
+    found = BUILD[operator](CodecShape.describe(codec, dtype), target, **knobs)
     assert found is not None
     return found
 
