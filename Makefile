@@ -9,6 +9,8 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -lt 4 ] && echo $$cores || echo 4)
+# Several processes of several threads each would wait for each other most of the time.
+ONE_THREAD := $(if $(filter 0 1,$(WORKERS)),,TVM_NUM_THREADS=1 OMP_NUM_THREADS=1)
 DEMO ?=
 TESTS ?=
 
@@ -22,7 +24,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py $(DEMO)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
