@@ -13,6 +13,7 @@ from rotquant_tvm import ops
 from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.formats import Rotation
 
+from ..sampling import sampled
 from .cases import CASES, MIXED, SKETCHES, Case
 from .reference import codec_of
 
@@ -132,7 +133,7 @@ def shared_bytes(source: str) -> dict[str, int]:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", sampled(["sm_80", "sm_90a"], ["sm_90a"]))
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_compile(operator, arch):
     target = cuda_target(arch)

@@ -36,6 +36,10 @@ CASES = [
     (Case("q8_0/q4_0", 80, 2, 2), "float32", {}),
     (Case("iso3/q8_0", 64, 4, 1), "float16", {}),
 ]
+ORDINARY = [
+    pytest.param(*case, marks=pytest.mark.full) if n in (2, 5, 8, 9, 13) else case for n, case in enumerate(CASES)
+]
+"""Of the cases the ordinary run takes those that differ most."""
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def simulate(shape, arrays, knobs=None, arch="sm_90a", blocks=24):
     return out.astype(np.float64)
 
 
-@pytest.mark.parametrize(("case", "dtype", "knobs"), CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype", "knobs"), ORDINARY, ids=str)
 def test_ragged_batches(rng, case, dtype, knobs):
     cache = filled_cache(rng, case.codecs, case.kv_heads, 6, LENGTHS)
     q = rng.standard_normal((4, 1, case.heads, case.head_dim)).astype(dtype)
@@ -90,7 +94,7 @@ def test_the_number_of_splits_hardly_matters(rng, blocks):
     check(actual, expected_of(case, q, cache, lengths), 1e-3)
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.full), 50])
 @pytest.mark.parametrize(("case", "policy"), SEGMENTED, ids=str)
 def test_segments(rng, case, policy, window):
     cache = SegmentedCache(Kernels("llvm"), rng, case, policy, 3, 300)
