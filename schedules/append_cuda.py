@@ -12,25 +12,13 @@ from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .append_tiles_cuda import TileAppend
 from .append_token_cuda import TokenAppend
-from .cuda_target import compute_capability, dynamic_shared_memory
+from .cuda_target import compute_capability, dynamic_shared_memory, multiprocessors
 from .knobs import chosen_knobs
 from .tile_codes_cuda import supported
 
 KNOBS: dict[str, tuple[int, ...]] = {"warps": (4, 8, 12, 16), "blocks_per_sm": (1, 2, 3), "single": (0, 1)}
 """Warps per block at most; blocks that a multiprocessor should hold; whether single tokens have their own launch."""
 DEFAULTS = {"warps": 8, "blocks_per_sm": 2, "single": 0}
-PROCESSORS = {80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 120: 170}
-"""Streaming multiprocessors of the largest GPU of an architecture."""
-
-
-_HURWITZ = {64: (1, 2, 3), 96: (1, 2), 128: (3,)}
-CHECKED = {
-    *((role, "hurwitz", bits, "float16", d) for role in "kv" for d, widths in _HURWITZ.items() for bits in widths),
-    *((role, "none", 16, "float32", 64) for role in "kv"),
-    *(("k", rotation, bits, "float32", 80) for rotation, bits in (("iso", 4), ("rotor", 3))),
-    *(("v", rotation, bits, "float32", 80) for rotation, bits in (("planar", 2), ("rotor", 1))),
-}
-"""(role, rotation, bits, dtype, head_dim) whose results have been compared with the reference on a GPU."""
 
 
 def append_cuda(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
@@ -62,7 +50,7 @@ def append_kernel(shape: SiteShape, target: tvm.target.Target, **knobs: int) -> 
         codecs,
         shape.dtype,
         warps=chosen["warps"],
-        blocks=PROCESSORS.get(compute_capability(target), 132) * resident,
+        blocks=multiprocessors(target) * resident,
         limit=dynamic_shared_memory(target),
     )
     if not tiles_launch.possible:
