@@ -21,6 +21,16 @@ KNOBS: dict[str, tuple[int, ...]] = {"warps": (4, 8, 12, 16), "blocks_per_sm": (
 DEFAULTS = {"warps": 8, "blocks_per_sm": 2, "single": 0}
 
 
+_HURWITZ = {64: (1, 2, 3), 96: (1, 2), 128: (3,)}
+CHECKED = {
+    *((role, "hurwitz", bits, "float16", d) for role in "kv" for d, widths in _HURWITZ.items() for bits in widths),
+    *((role, "none", 16, "float32", 64) for role in "kv"),
+    *(("k", rotation, bits, "float32", 80) for rotation, bits in (("iso", 4), ("rotor", 3))),
+    *(("v", rotation, bits, "float32", 80) for rotation, bits in (("planar", 2), ("rotor", 1))),
+}
+"""(role, rotation, bits, dtype, head_dim) whose results have been compared with the reference on a GPU."""
+
+
 def append_cuda(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
     """The rule: the kernel for a definition that carries its ``SiteShape``, if it is one of those ``CHECKED``."""
     shape = SiteShape.of(func)
