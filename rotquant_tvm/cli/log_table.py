@@ -10,6 +10,7 @@ from rotquant_tvm.cli.output import table
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from rotquant_tvm.tuning.log_diff import RecordChange
     from rotquant_tvm.tuning.log_store import LogRecord
 
 
@@ -22,7 +23,7 @@ def record_table(title: str, records: Sequence[LogRecord], notes: Sequence[str] 
             record.operator,
             record.shape.label,
             bucket_label(record.bucket),
-            ", ".join(f"{name}={value}" for name, value in record.knobs.items()) or "the rule's own",
+            _knobs(record),
             note,
             f"{1e6 * record.seconds:.4g}",
             "" if record.rule_seconds is None else f"{record.rule_seconds / record.seconds:.2f}×",
@@ -33,3 +34,35 @@ def record_table(title: str, records: Sequence[LogRecord], notes: Sequence[str] 
     ]
     columns = ["operator", "shape", "bucket", "knobs", "", "µs", "faster", "of copy", "trials"]
     return table(title, columns, rows, left=5)
+
+
+def change_table(changes: Sequence[RecordChange]) -> Table:
+    """Return one row per task that two logs say something different of."""
+    from rotquant_tvm.tuning.shape_buckets import bucket_label
+
+    rows = [
+        [
+            change.record.operator,
+            change.record.shape.label,
+            bucket_label(change.record.bucket),
+            change.kind,
+            _knobs(change.old),
+            _knobs(change.new),
+            _micro(change.old),
+            _micro(change.new),
+            "" if change.speedup is None else f"{change.speedup:.2f}×",
+        ]
+        for change in changes
+    ]
+    columns = ["operator", "shape", "bucket", "change", "old knobs", "new knobs", "old µs", "new µs", "faster"]
+    return table("", columns, rows, left=6)
+
+
+def _knobs(record: LogRecord | None) -> str:
+    if record is None:
+        return ""
+    return ", ".join(f"{name}={value}" for name, value in record.knobs.items()) or "the rule's own"
+
+
+def _micro(record: LogRecord | None) -> str:
+    return "" if record is None else f"{1e6 * record.seconds:.4g}"

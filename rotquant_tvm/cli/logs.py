@@ -1,9 +1,10 @@
-"""List tuning logs, check them, or merge several into one folder.
+"""List tuning logs, check them, compare two, or merge several into one folder.
 
 For example:
   tvmc logs list
   tvmc logs list ./logs
   tvmc logs check tuning_logs
+  tvmc logs diff tuning_logs/nvidia-h100-80gb-hbm3 ./new/nvidia-h100-80gb-hbm3
   tvmc logs merge ./logs-a ./logs-b -o tuning_logs
 
 A path is the log of one device or a folder of such logs. Without one, list and check take every log that tvmc compile
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
     from rotquant_tvm.tuning.log_store import TuningLog
 
-SUMMARY = "list, check or merge tuning logs"
-_ACTIONS = ("list", "check", "merge")
+SUMMARY = "list, check, compare or merge tuning logs"
+_ACTIONS = ("list", "check", "diff", "merge")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +44,12 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
         raise UsageError("merge needs -o DIR" if arguments.action == "merge" else f"{arguments.action} takes no -o")
     if arguments.action == "merge" and not arguments.paths:
         raise UsageError("merge needs the folders to merge")
+    if arguments.action == "diff" and len(arguments.paths) != 2:
+        raise UsageError("diff needs two logs: the old one and the new one")
     for path in arguments.paths:
         if not path.is_dir():
             raise UsageError(f"{path} is no folder; give a tuning log or a folder of them")
-    {"list": _list, "check": _check, "merge": _merge}[arguments.action](arguments, output)
+    {"list": _list, "check": _check, "diff": _diff, "merge": _merge}[arguments.action](arguments, output)
 
 
 def _folders(paths: list[Path]) -> list[Path]:
@@ -103,7 +106,32 @@ def _check(arguments: argparse.Namespace, output: Output) -> None:
         raise SystemExit(RotQuantError.exit_status)
 
 
+def _diff(arguments: argparse.Namespace, output: Output) -> None:
+    from rotquant_tvm.cli.log_table import change_table
+    from rotquant_tvm.tuning.log_diff import log_changes
+    from rotquant_tvm.tuning.log_store import read_log
+
+    folders = [_folders([path]) for path in arguments.paths]
+    for path, found in zip(arguments.paths, folders, strict=True):
+        if len(found) != 1:
+            raise UsageError(f"{path} holds the logs of {len(found)} devices; name one of them")
+    changes = list(log_changes(*(read_log(found[0]) for found in folders)))
+    document = [
+        {
+            "change": change.kind,
+            "old": change.old and vars(change.old),
+            "new": change.new and vars(change.new),
+            "speedup": change.speedup,
+        }
+        for change in changes
+    ]
+    different = [change for change in changes if change.kind != "same"]
+    same = f"{len(changes) - len(different)} records are the same"
+    output.result({"changes": document}, *([change_table(different), ""] if different else []), same)
+
+
 def _merge(arguments: argparse.Namespace, output: Output) -> None:
+    from rotquant_tvm.tuning.log_diff import check_same_device
     from rotquant_tvm.tuning.log_folders import is_log
     from rotquant_tvm.tuning.log_store import read_log, write_log
 
@@ -116,11 +144,8 @@ def _merge(arguments: argparse.Namespace, output: Output) -> None:
         old = merged.get(log.slug)
         if old is None and is_log(root / log.slug):
             old = read_log(root / log.slug)
-        if old is not None and (old.device["name"], old.device["arch"]) != (log.device["name"], log.device["arch"]):
-            raise UsageError(
-                f"{folder} is of {log.device['name']} ({log.device['arch']}), and {root / log.slug} of "
-                f"{old.device['name']} ({old.device['arch']}); their times do not compare"
-            )
+        if old is not None:
+            check_same_device(old, log)
         merged[log.slug] = log.merged([]) if old is None else old.merged(log.entries)
     for slug, log in merged.items():
         write_log(root / slug, replace(log, path=root / slug))

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 from rotquant_tvm import __version__
+from rotquant_tvm.cli.config_file import expand_config
 from rotquant_tvm.cli.options import Parser, common_options, join_layer_lists
 from rotquant_tvm.cli.output import Output
 from rotquant_tvm.cli.streams import Streams, own_streams
 from rotquant_tvm.errors import RotQuantError, UsageError
 
-COMMANDS = ("compile", "tune", "run", "eval", "bench", "formats", "inspect", "logs")
+COMMANDS = ("compile", "tune", "run", "eval", "bench", "formats", "inspect", "logs", "env", "completion")
 INTERNAL, INTERRUPTED, TERMINATED = 3, 130, 143
 
 
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = build_parser().parse_args(join_layer_lists(argv))
+        parser, commands = build_parser()
+        arguments = parser.parse_args(join_layer_lists(expand_config(argv, commands)))
     except UsageError as error:
         return _failed(error, Output(Streams(sys.stdout, sys.stderr), "--json" in argv, argv.count("-vv") * 2))
     except SystemExit as stop:  # --help and --version
@@ -39,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _execute(arguments, Output(streams, arguments.json, arguments.verbosity))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the grammar of the whole command line."""
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the grammar of the whole command line, and that of each command."""
     parser = Parser(
         prog="tvmc",
         description="Compile decoder models with a rotation-quantized, bit-packed KV cache, and run them.",
@@ -50,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     common = common_options()
+    grammars: dict[str, argparse.ArgumentParser] = {}
     for name in COMMANDS:
         module = importlib.import_module(f"{__package__}.{name}")
         command = commands.add_parser(
@@ -62,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.set_defaults(execute=module.execute)
-    return parser
+        grammars[name] = command
+    return parser, grammars
 
 
 def _execute(arguments: argparse.Namespace, output: Output) -> int:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from rotquant_tvm.cli.config_file import add_config_option
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.input_shapes import fixed_batch, parse_input_shapes
 
@@ -35,6 +36,7 @@ def common_options() -> Parser:
         default=0,
         help="say more on standard error; -vv: tracebacks, and what TVM and torch print",
     )
+    add_config_option(group)
     return parent
 
 

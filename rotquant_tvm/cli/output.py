@@ -112,7 +112,7 @@ class Output:
 
 def _console(stream: TextIO) -> Console:
     # Tables in files and pipes are as wide as they need to be: cut ones are of no use there.
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else 300)
+    return Console(file=stream, highlight=False, emoji=False, width=None if stream.isatty() else 300)
 
 
 def _print(console: Console, part: Table | str) -> None:

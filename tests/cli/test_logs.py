@@ -1,4 +1,4 @@
-"""``tvmc logs``: lists, checks and merges."""
+"""``tvmc logs``: lists, checks, compares and merges."""
 
 from __future__ import annotations
 
@@ -106,9 +106,34 @@ def test_logs_of_two_devices_are_not_mixed(tvmc, log, tasks, tmp_path):
     assert (log / "manifest.json").read_text() == before
 
 
+def test_a_diff_tells_what_changed(tvmc, log, tasks, tmp_path):
+    other = write_results(tmp_path / "other", (tasks[0], {"splits": 8}, 0.25))
+    ended = tvmc("logs", "diff", log, other, "--json")
+    assert ended.status == 0, ended.err
+    changes = {change["change"]: change for change in ended.document["changes"]}
+    assert set(changes) == {"knobs", "removed"}
+    assert changes["knobs"]["speedup"] == 2.0 and changes["knobs"]["new"]["knobs"] == {"splits": 8}
+    assert changes["removed"]["new"] is None and changes["removed"]["speedup"] is None
+    back = {change["change"] for change in tvmc("logs", "diff", other, log, "--json").document["changes"]}
+    assert back == {"knobs", "added"}
+    shown = tvmc("logs", "diff", log.parent, other).out
+    assert "2.00×" in shown and "splits=2" in shown and "splits=8" in shown and "0 records are the same" in shown
+    assert "2 records are the same" in tvmc("logs", "diff", log, log).out
+
+
+def test_logs_of_two_devices_are_not_compared(tvmc, log, tasks, tmp_path):
+    other = write_results(tmp_path / "other", (tasks[0], {}, 0.25))
+    manifest = other / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"a CPU"', '"another CPU"'))
+    ended = tvmc("logs", "diff", log, other)
+    assert ended.status == 2 and "another CPU" in ended.error and "do not compare" in ended.error
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
+        (("diff", "LOG"), "two logs"),
+        (("diff", "LOG", "LOG", "-o", "OUT"), "takes no -o"),
         (("merge", "LOG"), "-o DIR"),
         (("merge", "-o", "OUT"), "the folders to merge"),
         (("merge", "LOG", "-o", "LOG"), "the log of one device"),

@@ -161,7 +161,8 @@ def test_a_signal_during_a_compile_leaves_nothing(model, tmp_path, number, statu
     time.sleep(0.5)
     running.send_signal(number)
     out, err = running.communicate(timeout=60)
-    assert running.returncode == status and out == "" and "Traceback" not in err, (seen, err)
+    # Python ends by the signal itself where the interrupt came inside a text given to exec(); to a shell both are 130.
+    assert running.returncode in (status, -number) and out == "" and "Traceback" not in err, (seen, err)
     assert os.listdir(tmp_path) == []
 
 
