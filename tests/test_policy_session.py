@@ -191,6 +191,26 @@ def test_a_fork_is_a_copy_of_everything():
     check_counts(child, [85, 85], [64, 64])
 
 
+@pytest.mark.parametrize("capacity", [CAPACITY, 55 + 30, 400])
+def test_a_saved_session_is_taken_up_where_it_was(tmp_path, capacity):
+    ids, others = tokens(8, 2, 55), tokens(9, 2, 30)
+    parent, _ = fed(ids, 40, batch=2)
+    parent.save(tmp_path / "prefix.kv")
+    child = library().restore(tmp_path / "prefix.kv", capacity)
+    check_counts(child, [55, 55], [32, 32])
+    first = [parent.decode(column) for column in others.T]
+    np.testing.assert_array_equal([child.decode(column) for column in others.T], first)
+    check_counts(child, [85, 85], [64, 64])
+
+
+def test_counts_that_no_policy_gives_are_refused(tmp_path):
+    session, _ = fed(tokens(8, 2, 55), 40, batch=2)
+    session.cache._packed[:] = 0  # 52 tokens in a ring of 34
+    session.save(tmp_path / "prefix.kv")
+    with pytest.raises(ArtifactError, match="contradict the cache policy"):
+        library().restore(tmp_path / "prefix.kv")
+
+
 def test_reordering_moves_everything():
     ids = tokens(10, 3, 80)
     session = library().session(batch=3)

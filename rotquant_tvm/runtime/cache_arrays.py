@@ -49,6 +49,17 @@ class CacheArrays:
         values: np.ndarray = self._counts[-1].numpy()
         return values
 
+    def counts(self) -> list[np.ndarray]:
+        """Copies of the host's counts, int32 [batch] each: with a policy the packed tokens, then the lengths."""
+        return [*([self._packed.copy()] if self.policy.segmented else []), self._lengths.copy()]
+
+    def set_counts(self, counts: Sequence[np.ndarray]) -> None:
+        """Take over what ``counts`` of a cache with the same tokens gave, on the host and on the device."""
+        self._lengths = np.ascontiguousarray(counts[-1], dtype=np.int32)
+        self._packed = np.ascontiguousarray(counts[0], dtype=np.int32)
+        for tensor, values in zip(self._counts, counts, strict=True):
+            tensor.copyfrom(np.ascontiguousarray(values, dtype=np.int32))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the layers' arrays as they are allocated now (the lengths not counted)."""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from tvm.runtime.vm import VirtualMachine
 from rotquant_tvm.errors import ArtifactError, UsageError
 from rotquant_tvm.runtime.artifact import Artifact, read_artifact
 from rotquant_tvm.runtime.cache_arrays import CacheArrays
+from rotquant_tvm.runtime.cache_file import library_identity, read_cache_file
 from rotquant_tvm.runtime.cache_info import KVCacheInfo
 from rotquant_tvm.runtime.device import device_errors, parse_device, reason
 from rotquant_tvm.runtime.session import DEFAULT_CHUNK, Session
@@ -76,6 +78,28 @@ class CompiledLibrary:
         capacity = self.default_capacity if capacity is None else capacity
         require_positive("chunk", chunk)
         return Session(self, self.create_cache(batch, capacity), int(capacity), int(chunk))
+
+    @cached_property
+    def identity(self) -> str:
+        """What a saved cache and the library must have in common: SHA-256 (hex) of cache form and weights."""
+        return library_identity(self.info.document, self.weights)
+
+    def restore(
+        self, path: str | os.PathLike[str], capacity: int | None = None, chunk: int = DEFAULT_CHUNK
+    ) -> Session:
+        """Start a session that holds what ``Session.save`` wrote to ``path``.
+
+        ``capacity``: tokens per sequence, by default the artifact's or, if that is more, those of the longest sequence;
+        ``chunk`` as of ``session``. Raises ArtifactError for a damaged file or one of another library, and what
+        ``session`` raises.
+        """
+        stored = read_cache_file(path, self.identity)
+        capacity = max(self.default_capacity, stored.longest) if capacity is None else capacity
+        if stored.longest > capacity:
+            raise UsageError(f"{path} holds {stored.longest} tokens and the capacity is {capacity}; use more")
+        session = self.session(stored.batch, capacity, chunk)
+        stored.fill(session.cache)
+        return session
 
     def create_cache(self, batch: int, capacity: int) -> CacheArrays:
         """Allocate an empty cache for ``batch`` sequences of ``capacity`` tokens; raises as ``session``."""

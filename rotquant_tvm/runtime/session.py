@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import tvm
 
 from rotquant_tvm.errors import KVCacheFull, UsageError
 from rotquant_tvm.runtime.cache_arrays import CacheArrays
+from rotquant_tvm.runtime.cache_file import save_cache
 from rotquant_tvm.runtime.cache_info import KVCacheInfo
 from rotquant_tvm.runtime.decode_graph import DecodeGraph
 from rotquant_tvm.runtime.device import device_errors
@@ -200,6 +202,14 @@ class Session:
     def fork(self) -> Session:
         """Return a session of its own that holds the same tokens; raises DeviceError if it does not fit."""
         return Session(self.library, self._cache.copy(), self.capacity, self.chunk)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tokens that the session holds to the file ``path``, for ``CompiledLibrary.restore``.
+
+        The file has the packed cache as it is, cut to the tokens held. Raises UsageError if it cannot be written.
+        """
+        used = self.library.create_cache(self.batch, max(1, int(self.lengths.max())))
+        save_cache(path, self._cache, used, self.library.identity)
 
     def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
         """Make sequence i a copy of sequence ``indices[i]``.
