@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .kernel_shape import KernelShape
+from .log_document import MalformedLogError, check_manifest, read_json, read_json_lines
 from .log_folders import FORMAT, MANIFEST_FILE, RECORD_FILE, VERSION, WORKLOAD_FILE
 
 
@@ -108,23 +109,29 @@ def read_log(folder: Path) -> TuningLog:
     """Read a log. Raises ``UsageError`` naming what is damaged, or a version that this one cannot read."""
     manifest = folder / MANIFEST_FILE
     try:
-        document = json.loads(manifest.read_text(encoding="utf-8"))
-        if document["format"] != FORMAT or document["version"] != VERSION:
-            found = f"{document['format']} {document['version']}"
-            raise UsageError(f"{manifest}: version {VERSION} of {FORMAT} is read, this is {found}; tune again")
+        document = read_json(manifest)
+        if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
+            found = f"{document.get('format')} {document.get('version')}" if isinstance(document, dict) else "none"
+            raise UsageError(f"{manifest}: version {VERSION} of {FORMAT} is read, this is {found:.60}; tune again")
+        check_manifest(document)
         records = [LogRecord(**record) for record in document["records"]]
-        workloads, lines = (_lines(folder / name) for name in (WORKLOAD_FILE, RECORD_FILE))
+        workloads, lines = (read_json_lines(folder / name) for name in (WORKLOAD_FILE, RECORD_FILE))
         if len(lines) != len(records):
             raise UsageError(f"{folder}: {len(records)} records in {MANIFEST_FILE}, {len(lines)} in {RECORD_FILE}")
-        entries = [LogEntry(r, workloads[line[0]], line[1]) for r, line in zip(records, lines, strict=True)]
+        entries = [_entry(*pair, workloads) for pair in zip(records, lines, strict=True)]
         names = ("device", "target", "tvm", "layout_version", "copy_bandwidth")
         return TuningLog(**{name: document[name] for name in names}, entries=tuple(entries), path=folder)
     except OSError as error:
         raise UsageError(f"{folder} is no tuning log: {error.strerror or error} ({error.filename})") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{folder} is a damaged tuning log ({type(error).__name__}: {error}); tune again") from error
+    except MalformedLogError as error:
+        raise UsageError(f"{folder} is a damaged tuning log ({error}); tune again") from error
+
+
+def _entry(record: LogRecord, line: Any, workloads: Sequence[Any]) -> LogEntry:
+    """The record with its line [workload's number, …] of the database and that workload."""
+    if not isinstance(line, list) or len(line) != 2 or type(line[0]) is not int or not 0 <= line[0] < len(workloads):
+        raise MalformedLogError(f"a line of {RECORD_FILE} names no workload")
+    return LogEntry(record, workloads[line[0]], line[1])
 
 
 def write_log(folder: Path, log: TuningLog) -> None:
@@ -156,10 +163,6 @@ def write_log(folder: Path, log: TuningLog) -> None:
 
 def _text(lines: Sequence[Any]) -> str:
     return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-
-
-def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _write(path: Path, text: str) -> None:
