@@ -16,6 +16,7 @@ from .kernel_builder import KernelBuilder
 from .kernel_runner import KernelRunner, MeasuringProcess
 from .knob_search import KnobSearch, KnobStrategy
 from .knob_space import knob_space
+from .tensor_intrinsics import load_tensor_intrinsics
 from .trials import FAILED_SECONDS, typical_seconds
 
 Progress = Callable[[str, int], None]
@@ -75,6 +76,7 @@ class SearchRun:
         self.process.close()
 
     def _schedule(self, builder: KernelBuilder, runner: KernelRunner, most: int | None, seed: int) -> None:
+        load_tensor_intrinsics()
         trials = max(search.trials for search in self.searches)
         batch = max(1, min(self.parallel, math.ceil(_FIRST_SHARE * trials)))
         total = len(self.searches) * (trials + 1)

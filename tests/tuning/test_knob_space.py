@@ -9,6 +9,7 @@ from rotquant_tvm.schedules.knobs import chosen_knobs
 from tvm.s_tir import meta_schedule as ms
 
 from rotquant_tvm.tuning.knob_space import chosen_definition, knob_space, knobs_in, replayed_knobs, schedule_with
+from rotquant_tvm.tuning.tensor_intrinsics import load_tensor_intrinsics
 
 VALUES = {"splits": (1, 2, 4), "odd": (3, 5)}
 
@@ -38,6 +39,7 @@ def test_without_knobs_the_rule_decides(task):
 def test_metaschedule_samples_the_space(task):
     """What its own generator makes of the function lies in the space."""
     space = ms.space_generator.ScheduleFn(knob_space(VALUES), sch_rules=[], postprocs=[], mutator_probs={})
+    load_tensor_intrinsics()
     context = ms.TuneContext(task.workload, target=task.target, space_generator=space, num_threads=1, rand_state=1)
     (sch,) = context.generate_design_space()
     found = knobs_in(sch.mod["main"])

@@ -88,7 +88,6 @@ def fake_device(monkeypatch):
     return measured
 
 
-@pytest.mark.full  # minutes beside another test process
 def test_the_best_of_all_trials_is_kept(tasks, fake_device, tmp_path):
     told = []
     options = replace(OPTIONS, trials_per_task=16)
