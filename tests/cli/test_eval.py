@@ -36,6 +36,17 @@ def _command(model, text, folder):
 
 
 @pytest.mark.slow
+def test_a_small_evaluation(model, text, tmp_path, tvmc, monkeypatch):
+    """The shortest there is: one configuration beside f16, one protocol."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = ["eval", model, "--text", text, "--kv-cache", "hurwitz2", "--protocol", "every-token"]
+    ended = tvmc(*command, "--tokens", 96, "--context", 48, "--json")
+    assert ended.status == 0, ended.err
+    f16, two = ended.document["protocols"]["every-token"]["rows"]
+    assert (f16["kl"], f16["top1_agreement"]) == (0, 1) and two["kl"] > 0 and two["tokens"] == 2 * 47
+
+
+@pytest.mark.full
 def test_one_document_holds_all_that_was_asked_for(ran, model, text):
     folder, ended = ran
     document = ended.document
@@ -59,7 +70,7 @@ def test_one_document_holds_all_that_was_asked_for(ran, model, text):
     assert (folder / "report.html").read_text().count("data:image/svg+xml") == 3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_again_everything_comes_from_the_store(ran, model, text, tvmc, monkeypatch):
     folder, ended = ran
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -71,7 +82,7 @@ def test_again_everything_comes_from_the_store(ran, model, text, tvmc, monkeypat
     assert "windows" not in again.err and "needles" not in again.err and "capture" not in again.err
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_tables_show_the_figures(ran, model, text, tvmc, monkeypatch):
     folder, ended = ran
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))

@@ -109,7 +109,7 @@ def test_a_kernel_without_knobs_is_nothing_to_tune(tvmc):
     assert ended.status in (2, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_its_log_and_the_compile_that_uses_it(tvmc_process, tvmc, model, tmp_path):
     logs = tmp_path / "logs"
     options = ("--kv-cache", "hurwitz3", "--shapes", "1x256", *QUICK, "-o", logs, "--json")
