@@ -8,12 +8,16 @@ without matching is recorded with the reason.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
 import tvm
 from tvm import relax
+
+from rotquant_tvm.errors import ModelError
+from rotquant_tvm.frontend.canonical_form import SOFTCAPS_ATTR
 
 ATTENTION_OPS = ("relax.nn.attention", "relax.nn.attention_bias")
 # What is followed from attention back to the cache; only the swap of heads and sequence can be rewritten.
@@ -35,7 +39,8 @@ class CacheTensor:
 class AttentionSite:
     """One attention: ``output`` is the variable bound to ``call``; ``key`` and ``value`` are None without a cache.
 
-    ``reason`` is empty if the site can be rewritten, else it says why not.
+    ``softcap``: scaled scores s become softcap · tanh(s / softcap). ``reason`` is empty if the site can be rewritten,
+    else it says why not.
     """
 
     index: int
@@ -49,6 +54,7 @@ class AttentionSite:
     scale: float
     window: int | None
     reason: str
+    softcap: float | None = None
 
     @property
     def mask(self) -> str:
@@ -69,8 +75,9 @@ class AttentionSite:
             "scale": self.scale,
             "mask": self.mask,
             "window": self.window,
+            "softcap": self.softcap,
             "cached": self.key is not None,
-            "verdict": "keep" if self.reason else "quantize",
+            "verdict": "refuse" if self.reason else "quantize",
             "reason": self.reason,
         }
 
@@ -88,15 +95,29 @@ def dataflow_graph(func: relax.Function) -> nx.DiGraph:
 
 
 def find_attention(func: relax.Function) -> list[AttentionSite]:
-    """All attention sites of a function, in the order in which they are computed."""
+    """All attention sites of a function, in the order in which they are computed.
+
+    Raises ``ModelError`` if the function's ``rotquant.softcaps`` are not one finite bound for each.
+    """
     graph = dataflow_graph(func)
-    sites: list[AttentionSite] = []
-    for block in func.body.blocks:
-        for binding in block.bindings:
-            value = binding.value
-            if isinstance(value, relax.Call) and getattr(value.op, "name", "") in ATTENTION_OPS:
-                sites.append(_site(graph, func, len(sites), binding.var, value))
-    return sites
+    bindings = [binding for block in func.body.blocks for binding in block.bindings]
+    calls = [
+        (binding.var, binding.value)
+        for binding in bindings
+        if isinstance(binding.value, relax.Call) and getattr(binding.value.op, "name", "") in ATTENTION_OPS
+    ]
+    softcaps = _softcaps(func, len(calls))
+    sites = [_site(graph, func, index, *call) for index, call in enumerate(calls)]
+    return [replace(site, softcap=cap or None) for site, cap in zip(sites, softcaps, strict=True)]
+
+
+def _softcaps(func: relax.Function, count: int) -> list[float]:
+    """The attribute ``rotquant.softcaps``, or zeros."""
+    given = func.attrs.get(SOFTCAPS_ATTR) if func.attrs is not None else None
+    caps = [0.0] * count if given is None else [float(cap) for cap in given]
+    if len(caps) != count or any(not (0 <= cap < math.inf) for cap in caps):
+        raise ModelError(f"{SOFTCAPS_ATTR} {caps} does not fit the model's {count} attentions; import it again")
+    return caps
 
 
 def _site(

@@ -49,10 +49,17 @@ class KernelLibrary:
         key = ("roundtrip", codec.format, codec.rotation.structure, codec.head_dim, dtype)
         return self._add(key, lambda: ops.roundtrip(codec, dtype, self.axes))
 
-    def append(self, shape: SiteShape) -> tvm.ir.GlobalVar:
-        """``ops.append``."""
-        key = ("append", shape.k, shape.v, shape.kv_heads, shape.head_dim, shape.dtype)
-        return self._add(key, lambda: ops.append(*shape.codecs(), shape.kv_heads, shape.dtype, self.axes), shape)
+    def append(self, shape: SiteShape, ordered: bool = False, rotated: str = "") -> tvm.ir.GlobalVar:
+        """``ops.append``; ``ordered``: it takes an attention's output, so as to come after it.
+
+        ``rotated``: "k", "v" or "kv", whose new vectors come rotated (``FoldRotation``). Such a kernel carries no
+        shape: kernels laid out by hand rotate both.
+        """
+        options = {"wraps": shape.wraps, "after": shape.heads if ordered else 0}
+        codecs = [c.in_rotated_basis() if role in rotated else c for role, c in zip("kv", shape.codecs(), strict=True)]
+        key = ("append", shape.k, shape.v, shape.kv_heads, shape.head_dim, shape.dtype, rotated, *options.values())
+        build = lambda: ops.append(*codecs, shape.kv_heads, shape.dtype, self.axes, **options)  # noqa: E731
+        return self._add(key, build, None if rotated else shape)
 
     def plan_flush(self, policy: CachePolicy, chunk: bool) -> tvm.ir.GlobalVar:
         """``ops.plan_flush``."""
@@ -61,9 +68,9 @@ class KernelLibrary:
     def flush(self, shape: SiteShape, ordered: bool) -> tvm.ir.GlobalVar:
         """``ops.flush``; ``ordered``: it takes an attention's output, so as to come after it."""
         common = (shape.kv_heads, shape.dtype, shape.cache_policy, self.axes)
-        after = shape.heads if ordered else 0
-        key = ("flush", shape.k, shape.v, shape.head_dim, after, *common)
-        return self._add(key, lambda: ops.flush(*shape.codecs(), *common, after=after), shape)
+        options = {"wraps": shape.wraps, "after": shape.heads if ordered else 0}
+        key = ("flush", shape.k, shape.v, shape.head_dim, *options.values(), *common)
+        return self._add(key, lambda: ops.flush(*shape.codecs(), *common, **options), shape)
 
     def append_plain(self, shape: SiteShape) -> tvm.ir.GlobalVar:
         """``ops.append_plain``."""
@@ -84,8 +91,8 @@ class KernelLibrary:
     def dequantize_segments(self, shape: SiteShape) -> tvm.ir.GlobalVar:
         """``ops.dequantize_segments``."""
         common = (shape.kv_heads, shape.cache_policy, self.axes)
-        key = ("dequantize_segments", shape.k, shape.v, shape.head_dim, *common)
-        return self._add(key, lambda: ops.dequantize_segments(*shape.codecs(), *common))
+        key = ("dequantize_segments", shape.k, shape.v, shape.head_dim, shape.wraps, *common)
+        return self._add(key, lambda: ops.dequantize_segments(*shape.codecs(), *common, wraps=shape.wraps))
 
     def dequantize_cache(self, shape: SiteShape) -> tvm.ir.GlobalVar:
         """``ops.dequantize_cache``."""
@@ -103,13 +110,15 @@ class KernelLibrary:
             self.axes,
             chunk=shape.chunk,
             window=shape.window,
+            softcap=shape.softcap,
+            sinks=shape.cache_policy.sinks,
         )
         return self._add(("attention_dense", shape), build, shape)
 
     def attention_packed(self, shape: SiteShape, splits: int) -> tvm.ir.GlobalVar:
         """``ops.attention_prefill`` for a chunk, else ``ops.attention_decode`` in ``splits``; it carries its shape."""
         common = (*shape.codecs(), shape.heads, shape.kv_heads, shape.scale, shape.dtype, self.axes)
-        options = {"window": shape.window, "policy": shape.cache_policy}
+        options = {"window": shape.window, "softcap": shape.softcap, "policy": shape.cache_policy}
         if shape.chunk:
             return self._add(
                 ("attention_prefill", shape), lambda: ops.attention_prefill(*common, **options), shape

@@ -12,6 +12,7 @@ from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.formats import TOKENS, Codec, TileLayout
 from rotquant_tvm.formats.centre import centre_words
 from rotquant_tvm.kv_cache_config import KVCacheConfig
+from rotquant_tvm.window_ring import WindowRing
 
 from .find_attention import AttentionSite
 
@@ -34,6 +35,11 @@ class LayerCache:
         return cls(site, *codecs, config.layer_policy(site.index, count))
 
     @property
+    def ring(self) -> WindowRing | None:
+        """The ring that the tiles are, if the layer has a window."""
+        return WindowRing(self.site.window, self.policy) if self.site.window else None
+
+    @property
     def codecs(self) -> tuple[Codec, Codec]:
         """The K and V codec."""
         return self.codec_k, self.codec_v
@@ -54,15 +60,19 @@ class LayerCache:
         return types
 
     def parameters(self, batch: Size) -> list[relax.Var]:
-        """Variables for the arrays; all layers of one policy have as many tiles."""
-        suffix = "" if self.policy.segmented else "_straight"
-        tiles, blocks = tirx.Var(f"tiles{suffix}", "int64"), tirx.Var("blocks", "int64")
+        """Variables for the arrays; all layers of one policy and window have as many tiles."""
+        window = f"_window{self.site.window}" if self.ring else ""
+        suffix = window if self.policy.segmented else f"_straight{window}"
+        tiles, blocks = tirx.Var(f"tiles{suffix}", "int64"), tirx.Var(f"blocks{window}", "int64")
         return [
             relax.Var(f"{name}_{self.site.index}", type_) for name, type_ in self.types(batch, tiles, blocks).items()
         ]
 
     def created(self, batch: Size, capacity: Size) -> list[relax.TensorType]:
-        """The types of the arrays for ``capacity`` tokens (a symbolic size), as ``CachePolicy.packed_tiles`` says."""
+        """The types of the arrays for ``capacity`` tokens (a symbolic size).
+
+        The tiles are as many as ``CachePolicy.packed_tiles`` says, or as ``WindowRing`` does if these are fewer.
+        """
         policy = self.policy
         one = tirx.const(1, "int64")
         longest = capacity - (policy.sinks + policy.recent)
@@ -70,6 +80,8 @@ class LayerCache:
             tiles = tvm.tirx.max((longest + (TOKENS - 1)) // TOKENS, one)
         else:
             tiles = tvm.tirx.max(longest // policy.block, one) * (policy.block // TOKENS)
+        if self.ring is not None:
+            tiles = tvm.tirx.min(tiles, tirx.const(self.ring.tiles, "int64"))
         blocks = tiles // (policy.center // TOKENS) if policy.center else one
         return list(self.types(batch, tiles, blocks).values())
 
@@ -82,4 +94,8 @@ class LayerCache:
             "v": self.codec_v.format.name,
             "tile_bytes": self.tile_bytes,
         }
-        return described | ({"policy": asdict(self.policy)} if self.policy.segmented else {})
+        if self.policy.segmented:
+            described["policy"] = asdict(self.policy)
+        if self.ring is not None:
+            described |= {"window": self.ring.window, "tokens_kept": self.ring.tokens}
+        return described

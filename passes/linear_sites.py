@@ -10,7 +10,7 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
-_WEIGHT_DTYPES = ("float32", "float16")
+_WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ class PackLinearWeights:
     """Replace linear layers over parameters by packed kernels for a CPU target, in every Relax function.
 
     A function that carries recipes already is left alone, so the pass is idempotent. Weights must be 2-D,
-    static, float32 or float16, and read by linear layers (and one kind of ``take``) only; others stay.
+    static, in float32 or 16 bits, and read by linear layers (and one kind of ``take``) only; others stay.
     """
 
     def __init__(self, target: Target, tile: int | None = None, merge: bool = True) -> None:

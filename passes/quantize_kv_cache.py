@@ -26,7 +26,9 @@ from .layer_cache import LayerCache
 from .simulate_kv_cache import Simulation
 from .site_attention import SiteAttention, StepLengths
 
-INFO_VERSION = 2
+INFO_VERSION = 3
+KEPT_ATTR = "rotquant.kept"
+"""Function attribute: JSON, by layer why its "k" or "v" stay in 16 bits (``KVCacheConfig.fitted``)."""
 
 
 def cache_info(func: relax.Function, layers: list[LayerCache], names: list[str]) -> dict[str, Any]:
@@ -62,9 +64,10 @@ class QuantizeKVCache:
         sites = find_attention(func)
         if not sites:
             raise ModelError("the model has no attention, so there is no KV cache to quantize")
+        config, kept = self.config.fitted([site.head_dim for site in sites])
         if self.simulate:
-            return Simulation(mod, sites, self.config).module()
-        layers = [LayerCache.of(site, len(sites), self.config) for site in sites]
+            return Simulation(mod, sites, config).module()
+        layers = [LayerCache.of(site, len(sites), config) for site in sites]
         for site in sites:
             if site.reason:
                 raise ModelError(f"attention {site.index} ({site.output.name}) cannot be rewritten: {site.reason}")
@@ -83,8 +86,17 @@ class QuantizeKVCache:
             step.emit(name)
         result = builder.finalize()
         result = relax.transform.DeadCodeElimination(["prefill", "decode", "create_kv_cache", "kv_cache_info"])(result)
+        if kept:
+            for name in ("prefill", "decode"):
+                result[name] = result[name].with_attr(KEPT_ATTR, json.dumps(kept))
         relax.analysis.well_formed(result)
         return result
+
+
+def kept_layers(func: relax.Function) -> dict[int, dict[str, str]]:
+    """By layer, why its "k" or "v" stay in 16 bits where another format was asked for."""
+    text = (func.attrs or {}).get(KEPT_ATTR)
+    return {} if text is None else {int(layer): reasons for layer, reasons in json.loads(str(text)).items()}
 
 
 def read_cache_info(mod: tvm.IRModule) -> dict[str, Any]:

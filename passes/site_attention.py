@@ -61,6 +61,7 @@ class SiteAttention:
             str(query.ty.dtype),
             self.chunk,
             policy=layer.policy.name,
+            softcap=site.softcap,
         )
         if self.quantize:
             new = self._quantized(layer, new)
@@ -73,14 +74,30 @@ class SiteAttention:
     def _straight(
         self, layer: LayerCache, shape: SiteShape, cache: relax.Var, query: relax.Var, new: list[relax.Var]
     ) -> relax.Var:
-        """Every token is quantized as it comes; a chunk's tokens are appended first, and still see each other raw."""
-        emit, lengths = self.builder.emit, self.lengths
+        """Every token is quantized as it comes, and then attended to; a chunk's tokens see each other raw.
+
+        Into a ring of tiles a chunk comes after the attention, which reads what it takes the place of.
+        """
+        first = not (shape.wraps and self.chunk)
+        if first:
+            cache = self._append_tiles(layer, shape, cache, new, [])
+        past = self._past(
+            layer, self.kernels.dequantize_cache(shape), [cache], cache.ty.shape[2] * TOKENS, self.lengths.total
+        )
+        operands = [query, *past, *(new if self.chunk else ()), self.lengths.total, self.lengths.new]
+        output = self.builder.emit(relax.call_tir(self.kernels.attention_dense(shape), operands, query.ty))
+        if not first:
+            self.appended.append(self._append_tiles(layer, shape, cache, new, [output]))
+        return output
+
+    def _append_tiles(
+        self, layer: LayerCache, shape: SiteShape, cache: relax.Var, new: list[relax.Var], after: list[relax.Var]
+    ) -> relax.Var:
+        """Quantize new tokens into tiles; returns the cache as it is then."""
         rotations = [rotation_constant(c.rotation) for c in layer.codecs]
-        arguments = relax.Tuple([cache, *new, *rotations, lengths.total, lengths.new])
-        packed = emit(relax.op.call_tir_inplace(self.kernels.append(shape), arguments, 0, cache.ty))
-        past = self._past(layer, self.kernels.dequantize_cache(shape), [packed], cache.ty.shape[2] * TOKENS)
-        operands = [query, *past, *(new if self.chunk else ()), lengths.total, lengths.new]
-        return emit(relax.call_tir(self.kernels.attention_dense(shape), operands, query.ty))
+        arguments = relax.Tuple([cache, *new, *rotations, self.lengths.total, self.lengths.new, *after])
+        kernel = self.kernels.append(shape, bool(after))
+        return self.builder.emit(relax.op.call_tir_inplace(kernel, arguments, 0, cache.ty))
 
     def _segmented(
         self, layer: LayerCache, shape: SiteShape, arrays: list[relax.Var], query: relax.Var, new: list[relax.Var]
@@ -91,7 +108,10 @@ class SiteAttention:
             arrays = self._append(layer, shape, arrays, rotated, [])
         packed = self.lengths.before if self.chunk else self.lengths.packed
         longest = arrays[0].ty.shape[2] * TOKENS + (layer.policy.sinks + layer.policy.ring)
-        past = self._past(layer, self.kernels.dequantize_segments(shape), [*arrays, packed], longest)
+        stored = self.lengths.total
+        if self.chunk and shape.wraps:  # which tokens a ring's rows are depends on how many are stored
+            stored = self.builder.emit(relax.op.subtract(stored, self.lengths.new))
+        past = self._past(layer, self.kernels.dequantize_segments(shape), [*arrays, packed], longest, stored)
         chunk = []
         if self.chunk:
             chunk = [self._rotate(x, c.inverse_rotation) for x, c in zip(rotated, layer.codecs, strict=True)]
@@ -135,12 +155,14 @@ class SiteAttention:
         plain = emit(relax.op.call_tir_inplace(kernels.append_plain(shape), entering, 0, plain.ty))
         return [*tiles, plain]
 
-    def _past(self, layer: LayerCache, kernel: object, stored: list[relax.Var], longest: object) -> list[relax.Var]:
-        """The stored keys and values, dequantized and un-rotated."""
+    def _past(
+        self, layer: LayerCache, kernel: object, arrays: list[relax.Var], longest: object, stored: relax.Var
+    ) -> list[relax.Var]:
+        """The stored keys and values, dequantized and un-rotated; ``stored``: how many there are per sequence."""
         emit = self.builder.emit
-        batch, heads, *_ = stored[0].ty.shape
+        batch, heads, *_ = arrays[0].ty.shape
         dense = relax.TensorType([batch, heads, longest, layer.site.head_dim], "float32")
-        pair = emit(relax.call_tir(kernel, [*stored, self.lengths.total], [dense, dense]))
+        pair = emit(relax.call_tir(kernel, [*arrays, stored], [dense, dense]))
         parts = [emit(relax.TupleGetItem(pair, i)) for i in range(2)]
         return [self._rotate(x, codec.inverse_rotation) for x, codec in zip(parts, layer.codecs, strict=True)]
 

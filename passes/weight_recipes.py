@@ -10,6 +10,7 @@ import numpy as np
 from tvm import relax
 
 from ..schedules.linear_llvm import pack_weight
+from .folded_weights import FoldedWeights, weight_rotations
 
 RECIPES_ATTR = "rotquant.weight_recipes"
 
@@ -65,7 +66,12 @@ def with_recipes(func: relax.Function, recipes: Sequence[WeightRecipe]) -> relax
 
 
 def make_weights(func: relax.Function, weights: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
-    """Yield the weights for the rewritten ``func`` in order, from all weights of the original function."""
+    """Yield the weights for the rewritten ``func`` in order, from all weights of the original function.
+
+    These stay as they are: rotations that weights take over (``folded_weights``) are applied to copies.
+    """
+    if records := weight_rotations(func):
+        weights = FoldedWeights(weights, records)
     return (recipe.make(weights) for recipe in weight_recipes(func))
 
 

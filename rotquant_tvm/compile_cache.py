@@ -31,7 +31,7 @@ from .shared_weights import share_weights
 from .tuning.log_folders import user_log_files
 
 KEEP = 8
-_PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "numpy")
+_PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "onnx", "numpy")
 _SOURCES = ("rotquant_tvm", "rotquant_tvm.passes", "rotquant_tvm.schedules", "rotquant_tvm.tuning_logs")
 _WITHOUT_EFFECT = ("cli", "evaluation", "benchmark")  # subpackages that no compile runs
 _ABANDONED_SECONDS = 24 * 3600
@@ -183,7 +183,7 @@ def _digest(value: object) -> str:
 
 def _config_text(config: KVCacheConfig) -> str:
     overrides = {index: formats.name for index, formats in sorted(config.overrides.items())}
-    return json.dumps([config.name, overrides, config.seed, config.quantize_chunk])
+    return json.dumps([config.name, overrides, config.seed, config.quantize_chunk, config.on_unsupported])
 
 
 def environment_digest() -> str:

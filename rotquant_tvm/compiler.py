@@ -17,6 +17,7 @@ from tvm import relax
 from .codegen import compile_module
 from .errors import UsageError
 from .frontend import ImportedModel, TokenizerData, import_model
+from .frontend.import_notes import import_notes
 from .input_shapes import fixed_batch
 from .kv_cache_config import KVCacheConfig
 from .linker import export_library, linker_command
@@ -178,6 +179,7 @@ def compile(
     info = read_cache_info(mod)
     report = compile_report(info, imported.config, target, stages.seconds, mod, pass_seconds)
     report |= {"default_capacity": capacity, "warnings": list(dict.fromkeys(records.warnings))}
+    report["notes"] = import_notes(imported.config)
     return CompiledModel(executable, info, weights, _weight_types(mod), report, target, imported.tokenizer, capacity)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from .cache_policy import NO_POLICY, CachePolicy, read_options
-from .errors import UsageError
+from .errors import FormatError, UsageError
 from .formats import Codec, KVFormat, parse_pair, preset_of
 
 _PRESET_POLICY = CachePolicy(sinks=4, recent=8, center=64)
 PRESETS = dict.fromkeys(("rq2", "rq3", "rq4"), _PRESET_POLICY)
 """The cache policy of each preset (``docs/evaluation.md`` says how it was found); their formats are in ``formats``."""
+
+ON_UNSUPPORTED = ("refuse", "keep")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class KVCacheConfig:
 
     ``seed`` (0 or more) draws the rotations; layer i's keys and values get their own. With ``quantize_chunk`` prefill
     quantizes and dequantizes the keys and values of its own chunk before attention reads them, so that every token is
-    quantized before it is attended: for evaluation. Raises ``UsageError`` for another seed.
+    quantized before it is attended: for evaluation. ``on_unsupported``: with "keep", keys or values whose head
+    dimension their format cannot take stay in 16 bits; with "refuse" the model is refused. Raises ``UsageError`` for
+    another seed or another word.
     """
 
     formats: LayerFormats
@@ -45,8 +50,11 @@ class KVCacheConfig:
     seed: int = 0
     policy: CachePolicy = NO_POLICY
     quantize_chunk: bool = False
+    on_unsupported: str = "refuse"
 
     def __post_init__(self) -> None:
+        if self.on_unsupported not in ON_UNSUPPORTED:
+            raise UsageError(f"on_unsupported is '{self.on_unsupported}'; it must be {' or '.join(ON_UNSUPPORTED)}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise UsageError(f"the seed of the rotations is {self.seed!r}; it must be an integer, 0 or more")
 
@@ -100,6 +108,28 @@ class KVCacheConfig:
             if not -count <= key < count:
                 raise UsageError(f"layer override {key}: the model has layers 0 to {count - 1}")
         return self.overrides.get(index, self.overrides.get(index - count, self.formats))
+
+    def fitted(self, head_dims: Sequence[int]) -> tuple[KVCacheConfig, dict[int, dict[str, str]]]:
+        """The configuration for layers of these head dimensions, and by layer why its "k" or "v" stay in 16 bits.
+
+        With ``on_unsupported`` "refuse" nothing changes. Raises ``FormatError`` if not even 16-bit formats take a head
+        dimension.
+        """
+        kept: dict[int, dict[str, str]] = {}
+        if self.on_unsupported == "refuse":
+            return self, kept
+        overrides, plain, count = dict(self.overrides), KVFormat.parse("f16"), len(head_dims)
+        for index, head_dim in enumerate(head_dims):
+            formats = self.layer(index, count)
+            for role in ("k", "v"):
+                try:
+                    getattr(formats, role).check(head_dim)
+                except FormatError as error:
+                    plain.check(head_dim)
+                    kept.setdefault(index, {})[role] = str(error)
+            if index in kept:
+                overrides[index] = replace(formats, **dict.fromkeys(kept[index], plain))
+        return replace(self, overrides=overrides), kept
 
     def codecs(self, index: int, count: int, head_dim: int) -> tuple[Codec, Codec]:
         """The K and V codec of a layer; raises ``FormatError`` if a format cannot take ``head_dim``."""

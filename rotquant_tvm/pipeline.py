@@ -38,13 +38,17 @@ def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.tran
     """Return the project's passes on the model's graph, in order."""
     from .passes.expand_power import ExpandPower
     from .passes.find_attention import FindAttention
+    from .passes.fold_rotation import FoldRotation
     from .passes.hoist_rotation import HoistRotation
     from .passes.lower_kv_ops import LowerKVOps
     from .passes.pack_linear_weights import PackLinearWeights
     from .passes.quantize_kv_cache import QuantizeKVCache
+    from .passes.widen_arithmetic import WidenArithmetic
 
     passes = [ExpandPower(), FindAttention(), QuantizeKVCache(config), HoistRotation(), LowerKVOps()]
     if target.kind.name == "llvm":
+        passes.insert(0, WidenArithmetic())
+        passes.insert(-1, FoldRotation())  # before LowerKVOps; on GPUs append and attention rotate by themselves
         passes.append(PackLinearWeights(target))
     else:
         from .passes.fuse_decode_rotation import FuseDecodeRotation

@@ -24,12 +24,21 @@ def compile_report(
     """Describe a compiled library.
 
     Per layer: K and V format and cache policy, bits per element of a packed token (gains and centres counted), its
-    bytes and those in an f16 cache, and the kernels of ``layer_kernels``; their totals; the true bits per element of
-    whole sequences of ``LENGTHS`` tokens, every array counted as it is allocated; the KV kernels in the module; the
-    batch, if it is fixed; seconds per stage, and per pass of the pipeline.
+    bytes and those in an f16 cache, the window and the tokens that its ring of tiles keeps (None: every token), the
+    bytes of its arrays for sequences of ``LENGTHS`` tokens, the kernels of ``layer_kernels``, and in words which
+    weights have taken over the rotations of K and V ("folded", None where ``FoldRotation`` did not run), and why K or V
+    stay in 16 bits where they were to be quantized ("kept"); totals; the
+    true bits per element of whole sequences of ``LENGTHS`` tokens, and their bytes beside those of an f16 cache of
+    every token, every array counted as it is allocated; the KV kernels in the module; the batch, if it is fixed;
+    seconds per stage, and per pass of the pipeline.
     """
+    from .passes.fold_rotation import fold_texts, folded_rotations
+    from .passes.quantize_kv_cache import kept_layers
     from .runtime.cache_info import KVCacheInfo
 
+    named = {gvar.name_hint for gvar in mod.get_global_vars()}
+    folds = folded_rotations(mod["decode"]) if "decode" in named else []
+    kept = kept_layers(mod["decode"]) if "decode" in named else {}
     layers, checked = [], KVCacheInfo.from_document(info).layers
     kernels = layer_kernels(mod, len(info["layers"]))
     for index, layer in enumerate(info["layers"]):
@@ -48,7 +57,12 @@ def compile_report(
                 "v_bits": v_bits,
                 "bytes_per_token": per_token,
                 "f16_bytes_per_token": kv_heads * head_dim * 4,
+                "window": checked[index].window,
+                "tokens_kept": layer.get("tokens_kept"),
+                "cache_bytes": {str(tokens): checked[index].cache_bytes(tokens) for tokens in LENGTHS},
                 "kernels": kernels[index],
+                "folded": fold_texts(folds[index]) if folds else None,
+                "kept": kept.get(index, {}),
             }
         )
     stored = sum(layer["bytes_per_token"] for layer in layers)
@@ -63,6 +77,8 @@ def compile_report(
         "f16_bytes_per_token": plain,
         "compression": plain / stored,
         "true_bits": {str(tokens): true_bits(info, tokens) for tokens in LENGTHS},
+        "cache_bytes": {str(tokens): cache_bytes(info, tokens) for tokens in LENGTHS},
+        "f16_cache_bytes": {str(tokens): plain * tokens for tokens in LENGTHS},
         "kernels": kv_kernels(mod),
         "batch": info.get("batch"),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},

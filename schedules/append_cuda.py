@@ -21,6 +21,9 @@ KNOBS: dict[str, tuple[int, ...]] = {"warps": (4, 8, 12, 16), "blocks_per_sm": (
 DEFAULTS = {"warps": 8, "blocks_per_sm": 2, "single": 0}
 
 
+PARAMETERS = 7
+"""Of the definition, but for an attention's output that it may wait for."""
+
 _HURWITZ = {64: (1, 2, 3), 96: (1, 2), 128: (3,)}
 CHECKED = {
     *((role, "hurwitz", bits, "float16", d) for role in "kv" for d, widths in _HURWITZ.items() for bits in widths),
@@ -42,11 +45,17 @@ def append_cuda(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.
     found = [(r, f.rotation, f.bits, shape.dtype, shape.head_dim) for r, f in zip("kv", formats, strict=True)]
     if not set(found) <= CHECKED:
         return None
-    return append_kernel(shape, target, **chosen_knobs(func))
+    after = shape.heads if len(func.params) > PARAMETERS else 0
+    return append_kernel(shape, target, after=after, **chosen_knobs(func))
 
 
-def append_kernel(shape: SiteShape, target: tvm.target.Target, **knobs: int) -> tvm.tirx.PrimFunc | None:
-    """Build the kernel with some of ``KNOBS`` set; parameters and results are those of ``ops.append``."""
+def append_kernel(
+    shape: SiteShape, target: tvm.target.Target, *, after: int = 0, **knobs: int
+) -> tvm.tirx.PrimFunc | None:
+    """Build the kernel with some of ``KNOBS`` set; parameters and results are those of ``ops.append``.
+
+    Into a ring of tiles there is no launch of its own for single tokens.
+    """
     codecs = shape.codecs()
     if compute_capability(target) < 80 or shape.dtype not in ("float16", "bfloat16", "float32"):
         return None
@@ -62,6 +71,7 @@ def append_kernel(shape: SiteShape, target: tvm.target.Target, **knobs: int) -> 
         warps=chosen["warps"],
         blocks=multiprocessors(target) * resident,
         limit=dynamic_shared_memory(target),
+        wraps=shape.wraps,
     )
     if not tiles_launch.possible:
         return None
@@ -75,9 +85,11 @@ def append_kernel(shape: SiteShape, target: tvm.target.Target, **knobs: int) -> 
         sizes = zip("kv", (codec.coefficients.size for codec in codecs), strict=True)
         rotations = [T.arg(f"rotation_{name}", T.buffer((size,), "float32")) for name, size in sizes]
         lengths = tuple(T.arg(name, T.buffer((batch,), "int32")) for name in ("lengths", "new_lengths"))
+        if after:
+            T.arg("seen", T.buffer((batch, seq, after, head_dim), shape.dtype))
         arguments = (cache, source, rotations, lengths)
         token_launch = TokenAppend(layout, codecs, shape.dtype)
-        if not (chosen["single"] and token_launch.possible):
+        if shape.wraps or not (chosen["single"] and token_launch.possible):
             tiles_launch.launch(*arguments, resident)
         else:
             with T.If(seq == 1):

@@ -26,14 +26,22 @@ class TileAppend:
     """The launch for any number of new tokens; ``codecs`` are K's and V's."""
 
     def __init__(
-        self, layout: TileLayout, codecs: tuple[Codec, Codec], dtype: str, *, warps: int, blocks: int, limit: int
+        self,
+        layout: TileLayout,
+        codecs: tuple[Codec, Codec],
+        dtype: str,
+        *,
+        warps: int,
+        blocks: int,
+        limit: int,
+        wraps: bool = False,
     ) -> None:
         """Plan it, emitting nothing.
 
         ``warps``: at most so many to a block. ``blocks``: how many the GPU should hold at once. ``limit``: bytes of
-        shared memory that a block may have.
+        shared memory that a block may have. ``wraps``: the cache is a ring of tiles.
         """
-        self.layout, self.codecs, self.dtype = layout, codecs, dtype
+        self.layout, self.codecs, self.dtype, self.wraps = layout, codecs, dtype, wraps
         self.rotations = [TileRotation(codec, dtype, role) for role, codec in zip("kv", codecs, strict=True)]
         self.each = max(1, blocks // 2)
         self.half = HalfTileRows.halves(layout.head_dim, dtype)
@@ -119,6 +127,7 @@ class _Tiles:
         thread: Expr,
     ) -> None:
         self.cache, self.x, self.lengths, self.touched = cache, x, lengths, scalar(touched)
+        self.tiles = scalar(i32(cache.shape[2])) if plan.wraps else None
         self.kv_heads = i32(x.shape[1])
         self.lane = scalar(thread % WARP)
         self.encoder = TileEncoder(cache, plan.layout, plan.codecs[role], plan.rotations[role], self.lane)
@@ -157,11 +166,18 @@ class _Tiles:
         length = scalar(self.lengths[0][b])
         start = scalar(length - self.lengths[1][b])
         tile = scalar(start // TOKENS + number % self.touched)
-        exists = tir.all(unit < self.units, tile.astype("int64") < self.cache.shape[2])
+        place, exists = self._place(tile, length)
+        exists = tir.all(unit < self.units, exists)
         high = tir.Select(exists, tir.min(length - tile * TOKENS, i32(TOKENS)), i32(0))
         low = tir.max(start - tile * TOKENS, i32(0))
         head = number // self.touched % self.kv_heads
-        found.set(b=b, head=head, tile=tile, low=low, high=high, row=tile * TOKENS - start)
+        found.set(b=b, head=head, tile=place, low=low, high=high, row=tile * TOKENS - start)
+
+    def _place(self, tile: Expr, length: Expr) -> tuple[Expr, Expr]:
+        """Where in the cache a sequence's tile stands, and whether it has a place there."""
+        if self.tiles is None:
+            return tile, tile.astype("int64") < self.cache.shape[2]
+        return tile % self.tiles, (tile + self.tiles) * TOKENS >= length
 
     def _copy(self, unit: _Unit, half: Expr) -> None:
         """Start copying the rows of half a unit (none, if it has no tokens)."""

@@ -13,7 +13,8 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from rotquant_tvm.ops.online_softmax import LOG2E, MASKED
+from rotquant_tvm.ops.online_softmax import MASKED
+from rotquant_tvm.ops.soft_cap import LOG2E, soft_cap
 
 from .vector_ops import LANES, across, cast, exp2, lane_numbers, lanes, pick, register, splat, sum_of_fours
 
@@ -33,9 +34,14 @@ def row_block(rows: int, registers: int) -> tuple[int, int]:
 class AttentionCore:
     """Scratch and loops for ``rows`` queries of ``head_dim``; create it where its buffers should be allocated."""
 
-    def __init__(self, rows: int, head_dim: int, registers: int, centred: bool = False) -> None:
-        """``centred``: some tiles' keys stand off a centre, whose scores ``take_centre`` prepares."""
-        self.head_dim = head_dim
+    def __init__(
+        self, rows: int, head_dim: int, registers: int, centred: bool = False, softcap: float | None = None
+    ) -> None:
+        """``centred``: some tiles' keys stand off a centre, whose scores ``take_centre`` prepares.
+
+        ``softcap`` bounds the scores, centres included (None: not).
+        """
+        self.head_dim, self.softcap = head_dim, softcap
         self.rows, self.block = row_block(rows, registers)
 
         def alloc(vectors: int) -> Any:
@@ -135,6 +141,8 @@ class AttentionCore:
             value = sum_of_fours(self.sums, row * 8 * LANES + 64 * s) * self.gain_k[lanes(LANES * s)]
             if self.offset is not None:
                 value = value + self.offset[mine]
+            if self.softcap:
+                value = self._capped(value)
             T.buffer_store(score, tir.Select(inside[s], value, splat(MASKED)), [lanes(LANES * s)])
         T.buffer_store(peak, tir.max(score[lanes(0)], score[lanes(LANES)]), [lanes(0)])
         across(peak, tir.max)
@@ -155,6 +163,12 @@ class AttentionCore:
             for e in range(4):
                 weight = pick(vectors, lambda k, x=x, e=e: 16 * x + 8 * (e // 2) + 2 * (k % 4) + e % 2)
                 T.buffer_store(self.weights, weight, [lanes((row * 8 + x * 4 + e) * LANES)])
+
+    def _capped(self, score: Expr) -> Expr:
+        """The score capped; it passes through a register, since an expression would be computed at each use."""
+        part = register()
+        T.buffer_store(part, score, [lanes(0)])
+        return soft_cap(part[lanes(0)], self.softcap, exp2, splat)
 
     def _accumulate(self) -> None:
         quarter = self.head_dim // 4

@@ -52,13 +52,15 @@ def attention_decode_cuda(func: tir.PrimFunc, target: tvm.target.Target) -> tir.
 
 
 def build(shape: SiteShape, target: tvm.target.Target, **knobs: int) -> tir.PrimFunc | None:
-    """Build the kernel; None for formats it lacks.
+    """Build the kernel; None for formats and soft-capped scores, which it lacks.
 
     Parameters and results are those of ``ops.attention_decode``, and ``arrivals`` int32 [65536] before the output,
     0 between launches: at most so many streams (kv heads of all sequences) have several blocks.
     """
     codecs = shape.codecs()
     if any(codec.format.codebook not in FORMATS for codec in codecs) or shape.dtype not in ("float16", "float32"):
+        return None
+    if shape.softcap:
         return None
     if shape.cache_policy.center and not integer(codecs[0]):
         return None
@@ -179,7 +181,7 @@ class _Kernel:
             self.lane,
             self.bulk,
         )
-        tiles = PackedStream(self.codecs, self.layout, self.policy, ring, self.narrow)
+        tiles = PackedStream(self.codecs, self.layout, self.policy, ring, self.narrow, self.shape.wraps)
         behind = scalar(oldest - self.policy.sinks)
         first = scalar(tir.max(behind, i32(0)) // TOKENS + part * self.warps + self.warp)
         step = scalar(splits * self.warps)
@@ -190,10 +192,10 @@ class _Kernel:
         self._finish(tiles.weights, lambda j, half: 16 * j + 8 * half + self.lane // 4, part)
 
     def _packed(self, length: Expr) -> Expr:
-        capacity = i32(self.tiles * TOKENS)
-        if not self.policy.segmented:
-            return tir.min(length, capacity)
-        return tir.min(tir.min(self.arrays[-1][self.b], tir.max(length - self.policy.sinks, i32(0))), capacity)
+        stored = length
+        if self.policy.segmented:
+            stored = tir.min(self.arrays[-1][self.b], tir.max(length - self.policy.sinks, i32(0)))
+        return stored if self.shape.wraps else tir.min(stored, i32(self.tiles * TOKENS))
 
     def _query_head(self, row: Expr) -> Expr:
         """The query head of a row; rows beyond the group repeat its last head, and are never stored."""

@@ -50,8 +50,8 @@ def attention_decode_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.ti
                 sums[0:batch, 0:kv_heads, 0:splits, 0:group, 0:2],
             )
             b, head, split = piece // (kv_heads * splits), piece // splits % kv_heads, piece % splits
-            core = AttentionCore(group, head_dim, VectorTarget.of(target).registers, bool(policy.center))
-            stream = SegmentStream(core, arrays, codecs, layout, policy, target)
+            core = AttentionCore(group, head_dim, VectorTarget.of(target).registers, bool(policy.center), shape.softcap)
+            stream = SegmentStream(core, arrays, codecs, layout, policy, target, shape.wraps)
             core.start(
                 lambda row, dim: wide(q, [b, 0, head * group + row], dim), lambda row: row < group, shape.scale
             )

@@ -38,9 +38,14 @@ Expr = Any
 
 
 def attention_prefill_cuda(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
-    """The kernel for a definition, None for what it has none for: float32, GPUs before sm_80."""
+    """The kernel for a definition, None for what it has none for.
+
+    These are float32, soft-capped scores, rings of tiles, and GPUs before sm_80.
+    """
     shape = SiteShape.of(func)
-    if shape is None or shape.dtype != "float16" or shape.scale <= 0 or compute_capability(target) < 80:
+    if shape is None or shape.dtype != "float16" or shape.scale <= 0 or shape.softcap or shape.wraps:
+        return None
+    if compute_capability(target) < 80:
         return None
     chosen = chosen_knobs(func)
     return prefill_kernel(shape, target, **{name: chosen[name] for name in KNOBS if name in chosen})

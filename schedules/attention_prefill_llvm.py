@@ -51,7 +51,8 @@ def attention_prefill_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.t
             b, head = piece % (batch * kv_heads) // kv_heads, piece % kv_heads
             first = ((blocks - 1 - piece // (batch * kv_heads)) * tokens).astype("int32")
             new, past = new_lengths[b], lengths[b] - new_lengths[b]
-            core = AttentionCore(tokens * group, head_dim, VectorTarget.of(target).registers, bool(policy.center))
+            registers = VectorTarget.of(target).registers
+            core = AttentionCore(tokens * group, head_dim, registers, bool(policy.center), shape.softcap)
 
             def token(row: Expr) -> Expr:
                 return first + row // group
@@ -60,7 +61,7 @@ def attention_prefill_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.t
                 return tir.max(past + token(row) - (shape.window - 1), zero) if shape.window else zero
 
             with T.If(first < new), T.Then():
-                stream = SegmentStream(core, arrays, codecs, layout, policy, target)
+                stream = SegmentStream(core, arrays, codecs, layout, policy, target, shape.wraps)
                 chunk = ChunkSource(core, k, v)
                 core.start(
                     lambda row, dim: wide(q, [b, token(row), head * group + row % group], dim),

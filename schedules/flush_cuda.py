@@ -33,9 +33,9 @@ KNOBS: dict[str, tuple[int, ...]] = {"warps": (2, 4, 8)}
 
 
 def flush_cuda(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
-    """The rule: the kernel for a definition that carries its ``SiteShape``; None for formats that it lacks."""
+    """The rule: the kernel for a definition that carries its ``SiteShape``; None for rings, and formats it lacks."""
     shape = SiteShape.of(func)
-    if shape is None:
+    if shape is None or shape.wraps:
         return None
     ordered = len(func.params) > (9 if shape.cache_policy.center else 8)
     return flush_kernel(shape, target, after=shape.heads if ordered else 0, **chosen_knobs(func))

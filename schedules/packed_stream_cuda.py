@@ -36,12 +36,18 @@ class Share:
 
 
 class PackedStream:
-    """Streams tiles through the scores of K's format and the sums of V's."""
+    """Streams tiles through the scores of K's format and the sums of V's; ``wraps``: the cache is a ring of tiles."""
 
     def __init__(
-        self, codecs: tuple[Codec, Codec], layout: TileLayout, policy: CachePolicy, ring: TileRing, narrow: bool
+        self,
+        codecs: tuple[Codec, Codec],
+        layout: TileLayout,
+        policy: CachePolicy,
+        ring: TileRing,
+        narrow: bool,
+        wraps: bool = False,
     ) -> None:
-        self.layout, self.policy, self.ring = layout, policy, ring
+        self.layout, self.policy, self.ring, self.wraps = layout, policy, ring, wraps
         self.head_dim = layout.head_dim
         shared, lane = ring.shared, ring.lane
         self.codecs = key, value = codecs
@@ -56,8 +62,14 @@ class PackedStream:
     def begin(self, cache: Any, where: tuple[Expr, Expr], share: Share) -> None:
         """Begin to copy the warp's tiles of one (sequence, kv head)."""
         self._where, self._share = where, share
-        self._source = lambda number, word: cache.ptr_to([*where, share.first + number * share.step, word])
+        self._tiles = scalar(i32(cache.shape[2])) if self.wraps else None
+        self._source = lambda number, word: cache.ptr_to([*where, self._place(share, number), word])
         self.ring.start(self._source, share.count)
+
+    def _place(self, share: Share, number: Expr) -> Expr:
+        """Where in the cache the stream's tile ``number`` stands."""
+        tile = share.first + number * share.step
+        return tile if self._tiles is None else tile % self._tiles
 
     def stream(self, centre: Any) -> None:
         """Take in the tiles, once the queries are at hand (``keys.start``)."""
@@ -166,7 +178,7 @@ class PackedStream:
         """Load the centre of the stream's tile ``number`` (of the last one, behind the end)."""
         words, scale = ahead
         with T.If(number < share.count), T.Then():
-            block = scalar((share.first + number * share.step) // (self.policy.center // TOKENS))
+            block = scalar(self._place(share, number) // (self.policy.center // TOKENS))
             for step in range(self.head_dim // 16):
                 words[step] = centre[(*where, block, 4 * step + self.ring.lane % 4)]
             scale[0] = float_of(centre[(*where, block, self.head_dim // 4)])

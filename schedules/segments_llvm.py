@@ -34,9 +34,11 @@ class SegmentStream:
         layout: TileLayout,
         policy: CachePolicy,
         target: tvm.target.Target,
+        wraps: bool = False,
     ) -> None:
+        """``wraps``: the tiles are a ring."""
         self.core, self.arrays, self.policy = core, arrays, policy
-        self.segments = Segments(arrays, codecs, layout, policy)
+        self.segments = Segments(arrays, codecs, layout, policy, wraps)
         self.packed = PackedSource(core, codecs, layout, target)
         self.rows = ChunkSource(core, None, None)
 
@@ -62,9 +64,10 @@ class SegmentStream:
         with T.serial(0, tir.max(share, ZERO)) as step:
             tile = register(begin + split * share + step)
             with T.If(tile < tiles), T.Then():
+                place = self.segments.place(tile)
                 if self.policy.center:
-                    self._centre(where, tile, step)
-                self.packed.load(self.arrays[0], [b, head, tile])
+                    self._centre(where, place, step)
+                self.packed.load(self.arrays[0], [b, head, place])
                 self.core.tile(tile * TOKENS + sinks, oldest, lambda _: packed + (sinks - 1))
         if not self.policy.segmented:
             return

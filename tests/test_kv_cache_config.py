@@ -157,3 +157,27 @@ def test_negative_indices_count_from_the_end(count, data):
     index = data.draw(st.integers(-count, count - 1))
     found = names(KVCacheConfig.parse("iso3", f"{index}=f16"), count)
     assert found[index] == "f16" and found.count("f16") == 1
+
+
+def test_what_a_format_cannot_take_stays_in_16_bits_if_asked():
+    config = dataclasses.replace(KVCacheConfig.parse("turbo3/iso3", "2=iso4/turbo2"), on_unsupported="keep")
+    fitted, kept = config.fitted([64, 48, 48, 128])
+    assert names(fitted, 4) == ["turbo3/iso3", "f16/iso3", "iso4/f16", "turbo3/iso3"]
+    assert {index: set(reasons) for index, reasons in kept.items()} == {1: {"k"}, 2: {"v"}}
+    assert "turbo3 cannot take head_dim 48" in kept[1]["k"]
+    assert fitted.codecs(1, 4, 48)[0].format.name == "f16" and fitted.on_unsupported == "keep"
+
+
+def test_by_default_nothing_is_kept():
+    config = KVCacheConfig.parse("turbo3")
+    assert config.fitted([48, 64]) == (config, {})
+    with pytest.raises(FormatError, match="cannot take head_dim 48"):
+        config.codecs(0, 2, 48)
+
+
+def test_heads_that_no_format_takes_are_refused_in_any_case():
+    config = KVCacheConfig(LayerFormats.parse("turbo3"), on_unsupported="keep")
+    with pytest.raises(FormatError, match="f16 cannot take head_dim 24"):
+        config.fitted([24])
+    with pytest.raises(UsageError, match="on_unsupported is 'drop'; it must be refuse or keep"):
+        KVCacheConfig(LayerFormats.parse("turbo3"), on_unsupported="drop")

@@ -311,10 +311,10 @@ def test_a_saved_model_keeps_its_policy(saved):
 def test_an_older_library_is_refused(saved, tmp_path):
     """Version 1 of the description knew no policy: its functions take other arrays."""
     old = dict(saved.manifest.info.document) | {"version": 1}
-    with pytest.raises(ArtifactError, match="version is 1 and this release reads 2; compile the model again"):
+    with pytest.raises(ArtifactError, match="version is 1 and this release reads 2 and 3; compile the model again"):
         KVCacheInfo.from_document(old)
     path = shutil.copytree(saved.path, tmp_path / "old")
     stale = replace(saved.manifest, info=replace(saved.manifest.info, document=old))
     (path / "manifest.json").write_text(stale.to_json())
-    with pytest.raises(ArtifactError, match=r"kv_cache_info.*version is 1 and this release reads 2"):
+    with pytest.raises(ArtifactError, match=r"kv_cache_info.*version is 1 and this release reads 2 and 3"):
         rotquant_tvm.load(path)

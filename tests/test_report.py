@@ -65,6 +65,22 @@ def test_every_segment_counts():
     assert found["true_bits"]["8192"] == true_bits(document, 8192)
 
 
+def test_a_window_bounds_the_bytes():
+    """Of its layer alone; by hand: 40 tokens lie in two tiles, and one more is being filled."""
+    document = info(("hurwitz3", 64, 3), ("f16", 64, 1))
+    document["layers"][0] |= {"window": 40, "tokens_kept": 96}
+    tile, whole = (layer["tile_bytes"] for layer in document["layers"])
+    found = compile_report(document, {"model_type": "llama"}, tvm.target.Target("llvm"), {}, tvm.IRModule())
+    local, everywhere = found["layers"]
+    assert (local["window"], local["tokens_kept"], everywhere["tokens_kept"]) == (40, 96, None)
+    for tokens in (1024, 8192, 32768):
+        assert local["cache_bytes"][str(tokens)] == 3 * 3 * tile
+        assert everywhere["cache_bytes"][str(tokens)] == whole * tokens // 32
+        assert found["cache_bytes"][str(tokens)] == cache_bytes(document, tokens) == 9 * tile + whole * tokens // 32
+        assert found["f16_cache_bytes"][str(tokens)] == (3 + 1) * 64 * 4 * tokens
+    assert cache_bytes(document, 33) == 2 * (3 * tile + whole)  # fewer tokens than the ring holds
+
+
 def test_layers_are_described_one_by_one():
     found = report(("iso3/planar2", 64, 3), ("f16", 64, 3))
     first, second = found["layers"]

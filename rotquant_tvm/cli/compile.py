@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotquant_tvm.cli import dump_code, model_files, pass_options
-from rotquant_tvm.cli.options import add_kv_options, input_shapes, kv_cache_text, words
+from rotquant_tvm.cli.options import add_kv_options, input_shapes, kv_cache_config, words
 from rotquant_tvm.cli.output import Output
 from rotquant_tvm.errors import UsageError
+from rotquant_tvm.frontend.source_format import EXPECTED
 
 if TYPE_CHECKING:
     from rotquant_tvm import CompiledModel, KVCacheConfig
@@ -27,7 +28,7 @@ _STEPS = 7
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``tvmc compile``."""
-    parser.add_argument("model", metavar="MODEL", help="a transformers model directory or a .gguf file")
+    parser.add_argument("model", metavar="MODEL", help=EXPECTED)
     parser.add_argument(
         "--model-format",
         choices=model_files.FORMATS,
@@ -40,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "float16"),
+        choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="of the weights and of what is computed with them (default: float32)",
+        help="of the weights; GPUs compute in it, too, CPUs in float32 (default: float32)",
     )
     parser.add_argument(
         "--tuning-records",
@@ -73,10 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace, output: Output) -> None:
     """Compile; every cheap check comes before torch and TVM are loaded."""
     from rotquant_tvm.artifact_folder import check_output
-    from rotquant_tvm.kv_cache_config import KVCacheConfig
     from rotquant_tvm.linker import linker_command
 
-    config = KVCacheConfig.parse(kv_cache_text(arguments), arguments.kv_layers)
+    config = kv_cache_config(arguments)
     configuration = pass_options.pass_config(arguments.pass_config)
     artifact = _artifact_path(arguments)
     check_output(artifact)
@@ -95,6 +95,11 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     watch.report_idle()
     for warning in compiled.report["warnings"]:
         output.note(f"warning: {warning}")
+    for note in compiled.report["notes"]:
+        output.note(note)
+    for layer in compiled.report["layers"]:
+        for role, reason in layer["kept"].items():
+            output.note(f"layer {layer['layer']}: {role.upper()} stays in 16 bits: {reason}")
     if compiled.default_capacity < arguments.kv_capacity:
         output.note(
             f"sessions hold {compiled.default_capacity} tokens per sequence, not {arguments.kv_capacity}: "

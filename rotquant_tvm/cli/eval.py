@@ -21,6 +21,7 @@ from rotquant_tvm.cli.files import check_file, write_whole
 from rotquant_tvm.cli.options import integer, words
 from rotquant_tvm.cli.output import Output, table
 from rotquant_tvm.errors import UsageError
+from rotquant_tvm.frontend.source_format import EXPECTED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +32,7 @@ PROTOCOLS = ("every-token", "generation")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``tvmc eval``."""
-    parser.add_argument("model", metavar="MODEL", help="a transformers model directory or a .gguf file")
+    parser.add_argument("model", metavar="MODEL", help=EXPECTED)
     parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="a UTF-8 text, taken as it is")
     parser.add_argument(
         "--kv-cache",
@@ -63,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     further.add_argument("--layers", action="store_true", help="error of every layer's attention; needs torch")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a report with pictures; needs matplotlib")
     parser.add_argument("--target", default="llvm", help="llvm (this CPU) or cuda (this GPU) (default: llvm)")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: float32"
+    )
     parser.add_argument(
         "--resume", metavar="DIR", type=Path, help="where results are kept (default: the user's cache folder)"
     )

@@ -3,6 +3,7 @@
 For example:
   tvmc inspect model.gguf
   tvmc inspect model.gguf --svg sites.svg
+  tvmc inspect model.gguf --kv-cache turbo3 --site 3 --svg site3.svg
   tvmc inspect model.rq
 """
 
@@ -10,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
 from rotquant_tvm.cli import model_files
 from rotquant_tvm.cli.files import check_file, write_whole
+from rotquant_tvm.cli.inspect_table import inspected_parts
+from rotquant_tvm.cli.options import add_kv_options, integer, kv_cache_config
 from rotquant_tvm.cli.output import Output, table
 from rotquant_tvm.errors import UsageError
-
-if TYPE_CHECKING:
-    from rotquant_tvm.frontend import ImportedModel
-    from rotquant_tvm.passes.find_attention import AttentionSite
 
 SUMMARY = "show a model's attention sites, or what is in an artifact"
 _ARTIFACT_FILES = ("manifest.json", "model.so")
@@ -29,7 +28,7 @@ _ARTIFACT_FILES = ("manifest.json", "model.so")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``tvmc inspect``."""
-    parser.add_argument("model", metavar="MODEL", help="a transformers model directory, a .gguf file or an artifact")
+    parser.add_argument("model", metavar="MODEL", help="a model, as compile takes it, or an artifact")
     parser.add_argument(
         "--model-format",
         choices=model_files.FORMATS,
@@ -38,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--svg", metavar="FILE", type=Path, help="draw the attention sites of a model (needs the package matplotlib)"
     )
+    parser.add_argument(
+        "--site",
+        metavar="N",
+        type=integer(0),
+        help="show attention site N alone; with --svg the dataflow around it, before and after the passes",
+    )
+    add_kv_options(parser, capacity=False)
 
 
 def execute(arguments: argparse.Namespace, output: Output) -> None:
@@ -49,12 +55,14 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
 
         require_matplotlib()
         check_file(arguments.svg, "--svg")
+    if arguments.site is not None and arguments.svg is None and looks_compiled:
+        raise UsageError(f"--site is one of a model's, and {path} is an artifact; name the model")
     if arguments.model_format is None and looks_compiled and not (path / "config.json").is_file():
         if arguments.svg is not None:
             raise UsageError(f"--svg draws the attention sites of a model, and {path} is an artifact; name the model")
         _inspect_artifact(path, output)
     else:
-        _inspect_model(model_files.check_model(arguments.model, arguments.model_format), arguments.svg, output)
+        _inspect_model(arguments, output)
 
 
 def _inspect_artifact(path: Path, output: Output) -> None:
@@ -93,57 +101,25 @@ def _inspect_artifact(path: Path, output: Output) -> None:
     output.result(document, *shown, table(str(path), ["", ""], facts, left=2))
 
 
-def _inspect_model(path: Path, svg: Path | None, output: Output) -> None:
-    with output.steps(3 if svg is None else 4, "load TVM") as step:
+def _inspect_model(arguments: argparse.Namespace, output: Output) -> None:
+    config = kv_cache_config(arguments)
+    path = model_files.check_model(arguments.model, arguments.model_format)
+    with output.steps(3 if arguments.svg is None else 4, "load TVM") as step:
         step("load TVM")
-        from rotquant_tvm.frontend import import_model
-        from rotquant_tvm.passes.find_attention import find_attention
+        from rotquant_tvm.cli.inspected_model import InspectedModel
 
         step("import")
-        imported = import_model(path)
+        inspected = InspectedModel.read(path, config)
         step("find attention")
-        found = find_attention(imported.mod["main"])
-        if svg is not None:
+        document = inspected.describe()
+        if arguments.svg is not None:
             step("draw")
-            _draw(path, imported, found, svg)
-    sites = [site.describe() for site in found]
-    config = imported.config
-    document = {
-        "model": str(path),
-        "model_type": config["model_type"],
-        "vocab_size": config["vocab_size"],
-        "max_position": config["max_position"],
-        "weights": len(imported.weights),
-        "tokenizer": imported.tokenizer is not None,
-        "sites": sites,
-        "svg": None if svg is None else str(svg),
-    }
-    rows = [
-        [
-            site["index"],
-            site["verdict"] + (f": {site['reason']}" if site["reason"] else ""),
-            site["mask"] + (f" {site['window']}" if site["window"] else ""),
-            site["heads"],
-            site["kv_heads"],
-            site["head_dim"],
-            site["scale"],
-        ]
-        for site in sites
-    ]
-    columns = ["site", "verdict", "mask", "heads", "kv heads", "head dim", "scale"]
-    count = sum(site["verdict"] == "quantize" for site in sites)
-    output.result(
-        document,
-        table("attention", columns, rows, left=3),
-        f"{config['model_type']}: {count} of {len(sites)} attention sites can have a packed KV cache",
-        *([] if svg is None else [f"wrote {svg}"]),
-    )
-
-
-def _draw(path: Path, imported: ImportedModel, sites: list[AttentionSite], svg: Path) -> None:
-    from rotquant_tvm.cli.site_drawing import draw_sites
-    from rotquant_tvm.cli.site_graph import site_graph
-
-    title = f"attention sites of {path.name} ({imported.config['model_type']})"
-    picture = draw_sites(site_graph(imported, sites), title)
-    write_whole(svg, lambda file: file.write(picture), "--svg")
+            picture = inspected.picture(arguments.site)
+            write_whole(arguments.svg, lambda file: file.write(picture), "--svg")
+        elif arguments.site is not None:
+            inspected.site(arguments.site)
+    document["svg"] = None if arguments.svg is None else str(arguments.svg)
+    wrote = [] if arguments.svg is None else [f"wrote {arguments.svg}"]
+    output.result(document, *inspected_parts(document, arguments.site), *wrote)
+    if inspected.refused is not None:
+        raise inspected.refused

@@ -6,11 +6,15 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
 from rotquant_tvm.cli.config_file import add_config_option
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.input_shapes import fixed_batch, parse_input_shapes
+
+if TYPE_CHECKING:
+    from rotquant_tvm.kv_cache_config import KVCacheConfig
 
 _POLICY_OPTIONS = ("sinks", "recent", "center", "defer")
 """Each is a flag --kv-NAME; ``cache_policy`` explains them, but needs NumPy."""
@@ -40,8 +44,8 @@ def common_options() -> Parser:
     return parent
 
 
-def add_kv_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how the KV cache is stored."""
+def add_kv_options(parser: argparse.ArgumentParser, capacity: bool = True) -> None:
+    """Add the options that say how the KV cache is stored, with or without the sessions' ``capacity``."""
     group = parser.add_argument_group("KV cache")
     group.add_argument(
         "--kv-cache",
@@ -58,12 +62,20 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-ctv", "--cache-type-v", metavar="V", help="format of the values; keys stay f16 without -ctk")
     group.add_argument("--kv-layers", metavar="LIST", help="formats of single layers: '0,-1=f16;5=iso4' (-1: the last)")
     group.add_argument(
-        "--kv-capacity",
-        metavar="N",
-        type=integer(1),
-        default=4096,
-        help="tokens per sequence of a session that names no capacity (default: 4096)",
+        "--kv-on-unsupported",
+        choices=("refuse", "keep"),
+        default="refuse",
+        help="what becomes of keys or values with heads that their format cannot take: refuse the model (the default), "
+        "or keep them in 16 bits",
     )
+    if capacity:
+        group.add_argument(
+            "--kv-capacity",
+            metavar="N",
+            type=integer(1),
+            default=4096,
+            help="tokens per sequence of a session that names no capacity (default: 4096)",
+        )
     _add_policy_options(parser)
 
 
@@ -91,6 +103,14 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
         type=integer(0),
         help="N further 16-bit slots, filled by prefill before it quantizes; the first decode step empties them",
     )
+
+
+def kv_cache_config(arguments: argparse.Namespace) -> KVCacheConfig:
+    """Return the configuration that the options of ``add_kv_options`` ask for. Raises UsageError and FormatError."""
+    from rotquant_tvm.kv_cache_config import KVCacheConfig
+
+    config = KVCacheConfig.parse(kv_cache_text(arguments), arguments.kv_layers)
+    return replace(config, on_unsupported=arguments.kv_on_unsupported)
 
 
 def kv_cache_text(arguments: argparse.Namespace) -> str:

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"quantize": "#b7dfb9", "keep": "#f4b6a6"}
-MEANINGS = {"quantize": "can have a packed KV cache", "keep": "cannot be rewritten (reason: tooltip, and at the right)"}
+COLOURS = {"quantize": "#b7dfb9", "keep": "#f6e3a1", "refuse": "#f4b6a6"}
+MEANINGS = {
+    "quantize": "can have a packed KV cache",
+    "keep": "its K or V stays in 16 bits (reason: tooltip, and at the right)",
+    "refuse": "cannot be rewritten (reason: tooltip, and at the right)",
+}
 _PLAIN = "#e8edf2"
 _ROW, _COLUMN, _MARGIN = 0.55, 2.6, 1.1  # inches
 _BENDS = {"query": -0.075, "key": -0.11, "value": 0.0, "attention": 0.0}
@@ -38,7 +42,7 @@ def draw_sites(graph: nx.DiGraph, title: str) -> bytes:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sites", "font.family": "sans-serif"}):
         _figure(graph, title).savefig(buffer, format="svg", metadata={"Date": None})
     tooltips = {_id(node): detail for node, detail in graph.nodes(data="detail")}
-    return _with_tooltips(buffer.getvalue(), tooltips)
+    return with_tooltips(buffer.getvalue(), tooltips)
 
 
 def _figure(graph: nx.DiGraph, title: str) -> Figure:
@@ -110,7 +114,7 @@ def _draw_legend(axes: Axes, y: float) -> None:
     legend.set_bbox_to_anchor((0.0, y), axes.transData)
 
 
-def _with_tooltips(svg: bytes, tooltips: dict[str, str]) -> bytes:
+def with_tooltips(svg: bytes, tooltips: dict[str, str]) -> bytes:
     """Give the groups of these ids a ``title``, which browsers show under the pointer."""
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ _PRODUCTS = ("relax.matmul", "relax.nn.attention", "relax.nn.attention_bias")
 _RENAMING = ("relax.permute_dims", "relax.astype", "relax.reshape")
 
 
-def site_graph(imported: ImportedModel, sites: list[AttentionSite]) -> nx.DiGraph:
-    """Return the graph of a model's sites.
+def site_graph(
+    imported: ImportedModel, sites: list[AttentionSite], described: Sequence[dict[str, Any]] | None = None
+) -> nx.DiGraph:
+    """Return the graph of a model's sites; ``described`` is what is said of each, by default what it says itself.
 
     Nodes are (site index, column) with the data ``column``, ``row``, ``label`` and ``detail``; those of attention also
     have ``site``, what the site says of itself. Edges go from producer to user. Where one weight serves as several of
@@ -31,16 +34,16 @@ def site_graph(imported: ImportedModel, sites: list[AttentionSite]) -> nx.DiGrap
     func = imported.mod["main"]
     model = _Model(func, dataflow_graph(func), imported.weight_names)
     graph = nx.DiGraph()
-    for site in sites:
-        _add_site(graph, model, site)
+    for number, site in enumerate(sites):
+        _add_site(graph, model, site, site.describe() if described is None else described[number])
     for earlier, later in pairwise(sites):
         if nx.has_path(model.graph, earlier.output, later.output):
             graph.add_edge((earlier.index, "output"), (later.index, "query"))
     return graph
 
 
-def _add_site(graph: nx.DiGraph, model: _Model, site: AttentionSite) -> None:
-    index, described = site.index, site.describe()
+def _add_site(graph: nx.DiGraph, model: _Model, site: AttentionSite, described: dict[str, Any]) -> None:
+    index = site.index
     attention = (index, "attention")
     mask = described["mask"] + (f" {site.window}" if site.window else "")
     label = f"{index} · {site.heads}/{site.kv_heads} heads × {site.head_dim} · {mask}"

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from rotquant_tvm.benchmark.settings import BatchShape
 from rotquant_tvm.cli import model_files
-from rotquant_tvm.cli.options import add_kv_options, integer, kv_cache_text, number, words
+from rotquant_tvm.cli.options import add_kv_options, integer, kv_cache_config, number, words
 from rotquant_tvm.cli.output import Advance, Output, table
 from rotquant_tvm.errors import UsageError
+from rotquant_tvm.frontend.source_format import EXPECTED
 
 if TYPE_CHECKING:
     from tvm.target import Target
@@ -36,7 +37,7 @@ _KV_OPTIONS = ("kv_cache", "cache_type_k", "cache_type_v", "kv_layers", *(f"kv_{
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``tvmc tune``."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a transformers model directory or a .gguf file")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=EXPECTED)
     parser.add_argument(
         "--model-format",
         choices=model_files.FORMATS,
@@ -48,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="llvm (this CPU), cuda (this GPU), a TVM target with options or a tag (default: llvm)",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float16"), help="default: float32; without MODEL float16 on cuda"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="default: float32; without MODEL float16 on cuda",
     )
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, help="folder of log folders (default: the user's data folder)"
@@ -135,7 +138,7 @@ def _configs(arguments: argparse.Namespace) -> list[KVCacheConfig]:
         for name in ("heads", "kv_heads", "head_dim"):
             if getattr(arguments, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} is for tuning without MODEL, which has heads of its own")
-    return [KVCacheConfig.parse(kv_cache_text(arguments), arguments.kv_layers)]
+    return [kv_cache_config(arguments)]
 
 
 def _tasks(

@@ -8,6 +8,7 @@ after the run; whatever else a model asks of its attention is refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +27,7 @@ NAME = "rotquant"
 
 # Arguments that do not change what one inference step computes; any other must be absent, None or False.
 _WITHOUT_EFFECT = {"position_ids", "position_embeddings", "use_cache", "cache_position", "layer_idx"}
+_MEANING = {"s_aux": " (attention sinks)", "indices": " (sparse attention)"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class AttentionCall:
     head_dim: int
     scale: float
     window: int | None
+    softcap: float | None = None
 
 
 @dataclass
@@ -95,7 +98,7 @@ def _current_trace() -> Trace:
     return trace
 
 
-def _answer_mask(
+def answer_mask(
     *, mask_function: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any
 ) -> CausalMask:
     """Stand for the mask that transformers asks for, and remember what it was."""
@@ -122,7 +125,7 @@ def _is_causal(mask_function: Any, window: int | None) -> bool:
         return False
 
 
-def _attend(
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -132,6 +135,7 @@ def _attend(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention for transformers.
@@ -142,7 +146,8 @@ def _attend(
     name = f"{trace.model_type!r}: {type(module).__name__}"
     for argument, given in kwargs.items():
         if argument not in _WITHOUT_EFFECT and given is not None and given is not False:
-            raise ModelError(f"{name} passes {argument!r} to its attention, which is not supported")
+            meaning = _MEANING.get(argument, "")
+            raise ModelError(f"{name} passes {argument!r}{meaning} to its attention, which is not supported")
     if is_causal is False or not isinstance(attention_mask, CausalMask):
         raise ModelError(f"{name} attends without a causal mask; only causal decoders are supported")
     layer = trace.cache.layer_of(key, value) if trace.cache else None
@@ -153,9 +158,13 @@ def _attend(
         shapes = ", ".join(f"{x.shape[1]}x{x.shape[3]}" for x in (query, key, value))
         raise ModelError(f"{name} has heads that do not fit together (queries, keys, values: {shapes})")
     scale = float(scaling) if scaling is not None else head_dim**-0.5
-    trace.calls.append(AttentionCall(layer, heads, kv_heads, head_dim, scale, attention_mask.window))
-    return causal_attention(query, key, value, scale, attention_mask.window), None
+    cap = float(softcap) if softcap is not None else None
+    if cap is not None and not 0 < cap < math.inf:
+        raise ModelError(f"{name} caps its scores softly at {softcap}; a cap is a positive number")
+    window = attention_mask.window
+    trace.calls.append(AttentionCall(layer, heads, kv_heads, head_dim, scale, window, cap))
+    return causal_attention(query, key, value, scale, window, cap), None
 
 
-AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, _answer_mask)
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, answer_mask)

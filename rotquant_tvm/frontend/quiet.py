@@ -10,6 +10,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import transformers
 
+from rotquant_tvm.frontend.error_text import first_line
+
+__all__ = ["first_line", "quiet"]
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -29,8 +33,3 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
         if bars:
             transformers.utils.logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that says something, or its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

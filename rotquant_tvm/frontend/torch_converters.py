@@ -19,11 +19,17 @@ Converter = Callable[[fx.Node, Any], relax.Expr]
 
 
 def _causal_attention(node: fx.Node, importer: Any) -> relax.Var:
-    """BHSD operands to ``R.nn.attention`` in BSHD; the result is BSHD on both sides."""
-    q, k, v, scale, window = importer.retrieve_args(node)
+    """BHSD operands to ``R.nn.attention`` in BSHD; the result is BSHD on both sides. ``softcaps`` gives the rest."""
+    q, k, v, scale, window = importer.retrieve_args(node)[:5]
     emit = importer.block_builder.emit
     q, k, v = (emit(R.permute_dims(x, [0, 2, 1, 3])) for x in (q, k, v))
     return emit(R.nn.attention(q, k, v, scale=scale, causal_mask="BottomRight", window_size=window))
+
+
+def softcaps(graph: fx.Graph) -> list[float]:
+    """Return the softcap of every attention of an exported graph, in order; 0 for none."""
+    calls = [node for node in graph.nodes if getattr(node.target, "__name__", "") == "causal_attention.default"]
+    return [float(node.args[5] or 0) if len(node.args) > 5 else 0.0 for node in calls]
 
 
 def _select_token(node: fx.Node, importer: Any) -> relax.Var:
@@ -95,6 +101,16 @@ def _select(node: fx.Node, importer: Any) -> relax.Var:
     return importer.block_builder.emit(R.take(x, relax.const(index, "int64"), axis=axis, mode="wrap"))
 
 
+def _index(node: fx.Node, importer: Any) -> relax.Var:
+    """``x[:, index]``: one tensor of integers, of which torch counts negative ones from the end; TVM would not."""
+    x, indices = importer.retrieve_args(node)
+    used = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(used) != 1 or used[0][1].ty.dtype.dtype == "bool":
+        return importer._index_tensor(node)
+    axis, index = used[0]
+    return importer.block_builder.emit(R.take(x, index, axis=axis, mode="wrap"))
+
+
 def _cast(node: fx.Node, importer: Any) -> relax.Expr:
     """Any spelling of ``Tensor.to``: the dtype is the node's own; a cast to the same dtype vanishes."""
     x = importer.env[node.args[0]]
@@ -117,6 +133,7 @@ CONVERTERS: dict[str, Converter] = {
     "embedding.default": _embedding,
     "layer_norm.default": _layer_norm,
     "select.int": _select,
+    "index.Tensor": _index,
     "softmax.int": _softmax,
     "view.default": _reshape,
     "reshape.default": _reshape,

@@ -16,6 +16,7 @@ from rotquant_tvm.frontend.attention_interface import NAME, AttentionCall, Trace
 from rotquant_tvm.frontend.attention_op import select_token
 from rotquant_tvm.frontend.growing_cache import GrowingCache
 from rotquant_tvm.frontend.quiet import first_line, quiet
+from rotquant_tvm.frontend.sdpa_calls import sdpa_calls
 
 
 class DecoderStep(torch.nn.Module):
@@ -72,6 +73,7 @@ def _logits_only_at(model: PreTrainedModel, last: torch.Tensor) -> Iterator[None
 def rotquant_attention(model: PreTrainedModel) -> Iterator[None]:
     """Give ``model`` our attention, in eval mode and without gradients; restore it afterwards.
 
+    A model that does not take its attention from transformers' interface but calls torch's is served, too.
     Experts, if it has any, are computed by gathering each token's weights: the one form of transformers whose
     graph does not depend on where the tokens go.
     """
@@ -84,9 +86,10 @@ def rotquant_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(NAME)
         if experts is not None:
             model.set_experts_implementation("batched_mm")
+    outside = model.config._attn_implementation != NAME and model._supports_sdpa
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_calls(model) if outside else nullcontext():
             yield
     finally:
         model.train(training)

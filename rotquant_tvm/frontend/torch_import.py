@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -43,10 +44,12 @@ def _check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"{type(model).__name__} is not a transformers model")
     check_decoder(model.config)
-    if model.dtype not in (torch.float32, torch.float16):
+    if model.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ModelError(
             f"a model in {model.dtype} cannot be imported; convert it with model.float() or model.half()"
         )
+    if kind := _foreign_attention(model.config.get_text_config()):
+        raise ModelError(f"{model.config.model_type!r} has {kind}, which is not supported")
     if changing := _rope_types(model.config.get_text_config()) & {"dynamic", "longrope"}:
         raise ModelError(
             f"{model.config.model_type!r} has the rope type {changing.pop()!r}, whose rotation changes with "
@@ -54,6 +57,16 @@ def _check_model(model: PreTrainedModel) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{type(model).__name__} has weights on the meta device; load them first")
+
+
+def _foreign_attention(config: Any) -> str:
+    """Name what a config says of its attention that no cache of keys and values per head holds; else empty."""
+    attention = getattr(config, "attn_config", None)
+    if getattr(config, "alibi", False) or getattr(attention, "alibi", False) or config.model_type == "bloom":
+        return "ALiBi position biases in its attention scores"
+    if getattr(config, "kv_lora_rank", None):
+        return "multi-head latent attention (MLA)"
+    return ""
 
 
 def _rope_types(config: Any) -> set[str]:
@@ -65,7 +78,11 @@ def _rope_types(config: Any) -> set[str]:
 
 
 def _as_numpy(weight: torch.Tensor) -> np.ndarray:
-    return weight.detach().cpu().contiguous().numpy()
+    """Return a view of a weight's memory where possible; torch knows no NumPy bfloat16, hence its bits."""
+    weight = weight.detach().cpu().contiguous()
+    if weight.dtype == torch.bfloat16:
+        return weight.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return weight.numpy()
 
 
 def _config(model: PreTrainedModel, calls: list[AttentionCall]) -> dict[str, Any]:

@@ -17,12 +17,17 @@ from .vector_code import EncodeBuffers, emit_encode, register
 Expr = Any
 
 
-def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes) -> tvm.tirx.PrimFunc:
-    """Build ``append(cache, k, v, rotation_k, rotation_v, lengths, new_lengths)``; ``cache`` is updated in place.
+def append(
+    codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes, *, wraps: bool = False, after: int = 0
+) -> tvm.tirx.PrimFunc:
+    """Build ``append(cache, k, v, rotation_k, rotation_v, lengths, new_lengths[, seen])``; updates ``cache`` in place.
 
     Shapes: cache uint32 [batch, kv_heads, tiles, tile_bytes/4]; k, v ``dtype`` [batch, kv_heads, seq, head_dim], raw;
     rotations float32 (``Codec.coefficients``); lengths int32 [batch], *after* the append; new_lengths int32 [batch],
     how many of the ``seq`` tokens are real. Tokens past the capacity are dropped (sessions refuse them before).
+    ``wraps``: the tiles are a ring (``window_ring``); of the new tokens those in its last tiles are written. ``after``
+    heads: ``seen``, the output ``dtype`` [batch, seq, after, head_dim] of the attention that must have read the cache
+    before; it is not read.
     """
     head_dim = codec_k.head_dim
     layout = TileLayout(codec_k.format, codec_v.format, head_dim)
@@ -37,6 +42,8 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
         rotations = [T.arg(f"rotation_{n}", T.buffer((size,), "float32")) for n, size in sizes]
         lengths = T.arg("lengths", T.buffer((batch,), "int32"))
         new_lengths = T.arg("new_lengths", T.buffer((batch,), "int32"))
+        if after:
+            T.arg("seen", T.buffer((batch, seq, after, head_dim), dtype))
         touched = (seq + 62) // 32
         with axes.blocks(batch * kv_heads * touched) as block, T.sblock("append"):
             piece = T.axis.spatial(batch * kv_heads * touched, block)
@@ -47,15 +54,17 @@ def append(codec_k: Codec, codec_v: Codec, kv_heads: int, dtype: str, axes: Axes
             head = T.Bind(piece // touched % kv_heads)
             start = T.Bind((lengths[b] - new_lengths[b]).astype("int64"))
             tile = T.Bind(start // 32 + piece % touched)
+            place = T.Bind(tile % tiles) if wraps else tile
+            kept = tile + tiles > (lengths[b].astype("int64") - 1) // 32 if wraps else tile < tiles
             first = T.Bind(tir.max(start - tile * 32, tir.const(0, "int64")))
             last = T.Bind(tir.min(lengths[b].astype("int64") - tile * 32, tir.const(32, "int64")))
             buffers = EncodeBuffers(axes, head_dim)
             codes = T.sblock_alloc_buffer((32 * head_dim,), "uint16", scope=axes.scratch)
             # A loop that may be empty, not a condition: the compiler puts no barrier inside a condition.
             zero = tir.const(0, "int64")
-            count = register(tir.Select(tile < tiles, tir.max(last - first, zero), zero))
+            count = register(tir.Select(kept, tir.max(last - first, zero), zero))
             for role, codec, x, rotation in zip("kv", (codec_k, codec_v), source, rotations, strict=True):
-                target = TileWriter(cache, (b, head, tile), layout, role)
+                target = TileWriter(cache, (b, head, place), layout, role)
                 with T.serial(0, count) as n:
                     token = first + n
                     emit_encode(

@@ -30,6 +30,7 @@ def attention_decode(
     *,
     splits: int = 1,
     window: int | None = None,
+    softcap: float | None = None,
     policy: CachePolicy = NO_POLICY,
     rotated: bool = False,
 ) -> tvm.tirx.PrimFunc:
@@ -39,7 +40,9 @@ def attention_decode(
     ``segment_arguments`` says, with the new token already appended; lengths int32 [batch]; out ``dtype``
     [batch, 1, heads, head_dim], in the values' rotated basis (zero for a sequence of length 0). Tokens past the
     capacity, which append drops, are not read.
-    ``heads`` is a multiple of ``kv_heads`` (grouped queries). ``window`` keeps the last so many tokens only.
+    ``heads`` is a multiple of ``kv_heads`` (grouped queries). ``window``: only the last so many tokens are attended to,
+    and the tiles are a ring (``window_ring``).
+    ``softcap`` bounds the scaled scores (``ops.soft_cap``).
     ``rotated``: queries and output are in the model's own basis; the operator rotates the one by ``rotation_k`` and the
     other by ``inverse_v`` (float32, data of the keys' rotation and of the values' inverse one).
     """
@@ -66,14 +69,14 @@ def attention_decode(
                 sums[0:batch, 0:kv_heads, 0:splits, 0:group, 0:2],
             )
             b, head, split = piece // (kv_heads * splits), piece // splits % kv_heads, piece % splits
-            state = OnlineSoftmax(axes, group, head_dim)
+            state = OnlineSoftmax(axes, group, head_dim, softcap)
             load = lambda row, dim: f32(q[b, 0, head * group + row, dim])  # noqa: E731
             state.start(load, scale)
             if rotations[0] is not None:
                 _rotate_queries(axes, state, codec_k.rotation.structure, rotations[0], load, scale)
             length = lengths[b]
             oldest = tir.max(length - window, tir.const(0, "int32")) if window else tir.const(0, "int32")
-            segments = Segments(arrays, (codec_k, codec_v), layout, policy)
+            segments = Segments(arrays, (codec_k, codec_v), layout, policy, bool(window))
             segments.stream(state, (b, head), length, oldest, split.astype("int32"), splits)
 
             def store_sums(row: Expr, peak: Expr, total: Expr) -> None:

@@ -26,6 +26,8 @@ def attention_dense(
     *,
     chunk: bool,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: int = 0,
 ) -> tvm.tirx.PrimFunc:
     """Build ``attention_dense(q, k_past, v_past[, k, v], lengths, new_lengths, out)``.
 
@@ -33,6 +35,8 @@ def attention_dense(
     k, v ``dtype`` [batch, kv_heads, seq, head_dim]; lengths int32 [batch] with the new tokens, new_lengths int32
     [batch]; out as q, zero in rows that are no real token. With ``chunk`` the new tokens' keys and values come from
     k and v (causally); without it they stand in the past already, and row r sees the tokens up to its own.
+    ``window`` and ``softcap`` as of ``attention_decode``. With a window the past is a ring behind its first ``sinks``
+    rows: position p stands in row p, or behind the sinks in row sinks + (p - sinks) modulo (capacity - sinks).
     """
     group = heads // kv_heads
     batch, seq, capacity = (tir.Var(name, "int64") for name in ("batch", "seq", "capacity"))
@@ -57,16 +61,24 @@ def attention_dense(
             row = T.Bind((piece % seq).astype("int32"))
             past = T.Bind(lengths[b] - new_lengths[b])
             oldest = T.Bind(tir.max(past + row - (window - 1), zero) if window else zero)
-            stored = T.Bind(tir.min(past if chunk else past + row + 1, capacity.astype("int32")))
-            state = OnlineSoftmax(axes, 1, head_dim)
+            held = past if chunk else past + row + 1
+            stored = T.Bind(held if window else tir.min(held, capacity.astype("int32")))
+
+            def place(position: Expr) -> Expr:
+                if not window:
+                    return position
+                turned = tir.max(position - sinks, zero) % (capacity - sinks).astype("int32") + sinks
+                return tir.Select(position < sinks, position, turned) if sinks else turned
+
+            state = OnlineSoftmax(axes, 1, head_dim, softcap)
             state.start(lambda _, dim: f32(q[b, row, head, dim]), scale)
             # Loops that may be empty, not conditions: the compiler puts no barrier inside a condition.
             real = row < new_lengths[b]
             with T.serial(0, tir.Select(real, (stored + 31) // 32, zero)) as tile:
                 base = tile * 32
                 state.tile(
-                    lambda token, dim: past_k[b, head // group, base + token, dim],
-                    lambda token, dim: past_v[b, head // group, base + token, dim],
+                    lambda token, dim: past_k[b, head // group, place(base + token), dim],
+                    lambda token, dim: past_v[b, head // group, place(base + token), dim],
                     lambda token: tir.all(base + token < stored, base + token >= oldest),
                 )
             if chunk:

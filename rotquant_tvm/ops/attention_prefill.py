@@ -29,15 +29,16 @@ def attention_prefill(
     axes: Axes,
     *,
     window: int | None = None,
+    softcap: float | None = None,
     policy: CachePolicy = NO_POLICY,
 ) -> tvm.tirx.PrimFunc:
     """Build ``attention_prefill(q, k, v, cache[[, centre], plain, packed], lengths, new_lengths, out)``.
 
     Shapes: q ``dtype`` [batch, seq, heads, head_dim] and k, v ``dtype`` [batch, kv_heads, seq, head_dim], all in the
-    rotated bases; the cache's arrays as ``segment_arguments`` says: without a policy it may already hold the chunk,
-    with one it must not (the chunk's tokens take slots of the ring); lengths int32 [batch] *with* the chunk,
+    rotated bases; the cache's arrays as ``segment_arguments`` says: with a policy or a window it must not hold the
+    chunk yet (whose tokens take others' places in a ring), else it may; lengths int32 [batch] *with* the chunk,
     new_lengths int32 [batch] of it; out ``dtype`` [batch, seq, heads, head_dim] in the values' rotated basis, zero in
-    rows that are no real token.
+    rows that are no real token. ``window`` and ``softcap`` as of ``attention_decode``.
     """
     head_dim, group = codec_k.head_dim, heads // kv_heads
     layout = TileLayout(codec_k.format, codec_v.format, head_dim)
@@ -62,11 +63,11 @@ def attention_prefill(
             past = T.Bind(lengths[b] - new_lengths[b])
             zero = tir.const(0, "int32")
             oldest = register(tir.max(past + row - (window - 1), zero)) if window else zero
-            state = OnlineSoftmax(axes, 1, head_dim)
+            state = OnlineSoftmax(axes, 1, head_dim, softcap)
             state.start(lambda _, dim: f32(q[b, row, head, dim]), scale)
             kv_head = head // group
             real = row < new_lengths[b]
-            segments = Segments(arrays, (codec_k, codec_v), layout, policy)
+            segments = Segments(arrays, (codec_k, codec_v), layout, policy, bool(window))
             segments.stream(state, (b, kv_head), register(tir.Select(real, past, zero)), oldest)
             # A loop that may be empty, not a condition: the compiler puts no barrier inside a condition.
             skipped = register(tir.max(oldest - past, zero) // 32)

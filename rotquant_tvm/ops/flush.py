@@ -30,6 +30,7 @@ def flush(
     policy: CachePolicy,
     axes: Axes,
     *,
+    wraps: bool = False,
     after: int = 0,
 ) -> tvm.tirx.PrimFunc:
     """Build ``flush(cache[, centre], plain, k, v, before, packed, lengths, new_lengths[, seen])``.
@@ -39,8 +40,9 @@ def flush(
     [batch, kv_heads, 2, sinks + ring, head_dim], K and V rows of the sinks and the ring as they are *before* this
     call's tokens enter; k, v ``dtype`` [batch, kv_heads, seq, head_dim], the new tokens, rotated; before, packed
     int32 [batch], the tokens in tiles before and after; lengths int32 [batch] with the new tokens, new_lengths int32
-    [batch] of them. A block that was begun earlier keeps its centre. ``after`` heads: the output ``dtype`` [batch,
-    seq, after, head_dim] of the attention that must have read the cache before; it is not read.
+    [batch] of them. A block that was begun earlier keeps its centre. ``wraps``: tiles and centres are rings
+    (``window_ring``), into which the last blocks go. ``after`` heads: the output ``dtype`` [batch, seq, after,
+    head_dim] of the attention that must have read the cache before; it is not read.
     """
     head_dim = codec_k.head_dim
     layout = TileLayout(codec_k.format, codec_v.format, head_dim)
@@ -75,15 +77,20 @@ def flush(
                 return _token_loader(plain, new[role], (b, head, role), start, policy)
 
             from_token = register(tir.max(before[b].astype("int64"), first * size))
-            to_token = register(tir.min(tir.min(packed[b].astype("int64"), (first + 1) * size), tiles * TOKENS))
+            end = packed[b].astype("int64")
+            block, kept = first, tiles * TOKENS
+            if wraps:
+                block = register(first % (tiles * TOKENS // size))
+                kept = tir.Select(first * size + tiles * TOKENS >= end, end, tir.const(0, "int64"))
+            to_token = register(tir.min(tir.min(end, (first + 1) * size), kept))
             mean = None
             if centre is not None:
-                taken = CentreWriter(axes, centre, (b, head, first), head_dim)
+                taken = CentreWriter(axes, centre, (b, head, block), head_dim)
                 begun = from_token > first * size
                 count = tir.Select(begun, tir.const(0, "int64"), tir.max(to_token - from_token, tir.const(0, "int64")))
                 taken.take(load(0), from_token, register(count))
                 mean = taken.mean
-            _emit_tiles(axes, cache, (b, head), (codec_k, codec_v), layout, load, mean, (from_token, to_token), size)
+            _emit_tiles(axes, cache, (b, head), (codec_k, codec_v), layout, load, mean, (from_token, to_token), wraps)
     return builder.get()
 
 
@@ -112,7 +119,7 @@ def _emit_tiles(
     load: Callable[[int], Load],
     mean: Any,
     tokens: tuple[Expr, Expr],
-    size: int,
+    wraps: bool,
 ) -> None:
     """Quantize and pack tokens ``tokens[0]`` … ``tokens[1] - 1``, which lie in one block, tile by tile."""
     b, head = where
@@ -124,10 +131,11 @@ def _emit_tiles(
     steps = register(tir.Select(to_token > from_token, (to_token - 1) // TOKENS - from_token // TOKENS + 1, zero))
     with T.serial(0, steps) as step:
         tile = from_token // TOKENS + step
+        place = register(tile % cache.shape[2]) if wraps else tile
         low = register(tir.max(from_token - tile * TOKENS, zero))
         high = register(tir.min(to_token - tile * TOKENS, tir.const(TOKENS, "int64")))
         for role, codec in enumerate(codecs):
-            target, source = TileWriter(cache, (b, head, tile), layout, "kv"[role]), load(role)
+            target, source = TileWriter(cache, (b, head, place), layout, "kv"[role]), load(role)
             less = mean if role == 0 else None
             with T.serial(0, high - low) as n:
                 token = low + n

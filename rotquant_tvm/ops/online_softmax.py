@@ -9,11 +9,12 @@ import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
 from .axes import Axes
+from .soft_cap import LOG2E as LOG2E
+from .soft_cap import soft_cap
 from .vector_code import f32, registers
 
 Expr = Any
 MASKED = -1.0e30
-LOG2E = 1.4426950408889634
 
 
 Store = Callable[[Expr, Expr, Expr], None]
@@ -24,11 +25,11 @@ class OnlineSoftmax:
 
     Peaks (in units of log2), totals and outputs are unnormalized until the end, so that partial results of several
     streams merge by log-sum-exp; they are private to the lanes that own them. No lane loop both reads and writes one
-    shared buffer, since the compiler would want a barrier inside the loop.
+    shared buffer, since the compiler would want a barrier inside the loop. ``softcap`` bounds the scores (None: not).
     """
 
-    def __init__(self, axes: Axes, rows: int, head_dim: int) -> None:
-        self.axes, self.rows, self.head_dim = axes, rows, head_dim
+    def __init__(self, axes: Axes, rows: int, head_dim: int, softcap: float | None = None) -> None:
+        self.axes, self.rows, self.head_dim, self.softcap = axes, rows, head_dim, softcap
 
         def alloc(size: int) -> Any:
             return T.sblock_alloc_buffer((size,), "float32", scope=axes.scratch)
@@ -65,7 +66,7 @@ class OnlineSoftmax:
                 for row in range(rows):
                     T.buffer_store(sums, sums[row] + self.query[row * head_dim + dim] * element, [row])
             for row in range(rows):
-                score = tir.Select(attended(token), sums[row], f32(MASKED))
+                score = tir.Select(attended(token), self._capped(sums[row]), f32(MASKED))
                 T.buffer_store(self.score, score, [row * 32 + token])
         with axes.lanes(rows) as row:
             self._update_sums(row)
@@ -78,6 +79,9 @@ class OnlineSoftmax:
             for row in range(rows):
                 at = axes.place(dim, row, rows)
                 T.buffer_store(self._output, self._output[at] * self.decay[row] + sums[row], [at])
+
+    def _capped(self, score: Expr) -> Expr:
+        return soft_cap(score, self.softcap, tir.exp2, f32) if self.softcap else score
 
     def _update_sums(self, row: Expr) -> None:
         mine = self.axes.place(row, 0, 1)

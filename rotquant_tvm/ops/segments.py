@@ -42,12 +42,13 @@ def segment_arguments(layout: TileLayout, policy: CachePolicy, batch: Expr, kv_h
 
 @dataclass(frozen=True)
 class Segments:
-    """The arrays of ``segment_arguments`` and what is in them."""
+    """The arrays of ``segment_arguments`` and what is in them; ``wraps``: tiles and centres are rings."""
 
     arrays: Sequence[Any]
     codecs: tuple[Codec, Codec]
     layout: TileLayout
     policy: CachePolicy
+    wraps: bool = False
 
     @property
     def cache(self) -> Any:
@@ -68,9 +69,14 @@ class Segments:
         """How many of the first ``stored`` tokens of a sequence lie in tiles."""
         capacity = (self.cache.shape[2] * TOKENS).astype("int32")
         if not self.policy.segmented:
-            return tir.min(stored, capacity)
+            return stored if self.wraps else tir.min(stored, capacity)
         behind = tir.max(stored - self.policy.sinks, ZERO)
-        return tir.min(tir.min(self.arrays[-1][b], behind), capacity)
+        packed = tir.min(self.arrays[-1][b], behind)
+        return packed if self.wraps else tir.min(packed, capacity)
+
+    def place(self, tile: Expr) -> Expr:
+        """Where in the arrays a sequence's tile number ``tile`` stands."""
+        return register(tile % self.cache.shape[2].astype(tile.ty.dtype)) if self.wraps else tile
 
     def tile_element(self, role: int, at: tuple[Expr, Expr, Expr], token: Expr, dim: Expr) -> Expr:
         """The dequantized element of a tile, its centre added back."""
@@ -106,9 +112,10 @@ class Segments:
         count = tir.max(tir.min(share, (packed + (TOKENS - 1)) // TOKENS - start), ZERO)
         with T.serial(0, register(count)) as step:
             tile = start + step
+            at = (b, head, self.place(tile))
             state.tile(
-                lambda token, dim: self.tile_element(0, (b, head, tile), token, dim),
-                lambda token, dim: self.tile_element(1, (b, head, tile), token, dim),
+                lambda token, dim: self.tile_element(0, at, token, dim),
+                lambda token, dim: self.tile_element(1, at, token, dim),
                 lambda token: tir.all(tile * TOKENS + token < packed, tile * TOKENS + token + sinks >= oldest),
             )
         if self.policy.segmented:

@@ -21,6 +21,7 @@ class SiteShape:
     ``chunk`` tells prefill (several new tokens, whose keys and values are at hand unquantized) from decode; ``splits``
     is how many parts a sequence is read in by decode attention; ``policy`` is the cache policy's name. ``rotated``: the
     kernel itself rotates the queries and un-rotates the output, by coefficients that it takes after the lengths.
+    ``softcap`` bounds the scaled scores (``ops.soft_cap``; None: they are as they are).
     """
 
     k: str
@@ -35,11 +36,17 @@ class SiteShape:
     splits: int = 1
     policy: str = ""
     rotated: bool = False
+    softcap: float | None = None
 
     @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the tiles are a ring (``window_ring``): they are where there is a window."""
+        return bool(self.window)
 
     @property
     def cache_policy(self) -> CachePolicy:

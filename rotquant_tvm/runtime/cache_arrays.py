@@ -11,6 +11,8 @@ from tvm.runtime import Device, Tensor
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.runtime.device import device_errors
+from rotquant_tvm.runtime.written_tokens import WrittenTokens
+from rotquant_tvm.window_ring import WindowRing
 
 
 class CacheArrays:
@@ -19,15 +21,23 @@ class CacheArrays:
     ``layers``: the layers' arrays, on ``device``: tiles uint32 [batch, kv_heads, tiles, tile_bytes / 4] each and,
     with a ``policy``, centres and 16-bit rows. The counts live twice: lengths and, with a policy, how many tokens are
     in tiles, int32 [batch] each, on the device, where the library reads and advances them, and here on the host,
-    where capacity is checked. Every method leaves the two equal.
+    where capacity is checked. Every method leaves the two equal. ``rings``: those of layers that keep only a window.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], device: Device, policy: CachePolicy = NO_POLICY) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        device: Device,
+        policy: CachePolicy = NO_POLICY,
+        rings: Sequence[WindowRing] = (),
+    ) -> None:
         counts = 2 if policy.segmented else 1
         self.layers, self._counts = tuple(tensors[:-counts]), tuple(tensors[-counts:])
         self.device, self.policy = device, policy
         self._lengths: np.ndarray = self._counts[-1].numpy()
         self._packed: np.ndarray = self._counts[0].numpy() if policy.segmented else self._lengths
+        self._written = WrittenTokens(rings, self.batch)
+        self._written.note(self._lengths, self._packed)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -50,15 +60,32 @@ class CacheArrays:
         return values
 
     def counts(self) -> list[np.ndarray]:
-        """Copies of the host's counts, int32 [batch] each: with a policy the packed tokens, then the lengths."""
-        return [*([self._packed.copy()] if self.policy.segmented else []), self._lengths.copy()]
+        """Copies of the host's counts, int32 [batch] each.
+
+        They are, with a policy, the packed tokens; with rings, those of ``WrittenTokens``; then the lengths.
+        """
+        packed = [self._packed.copy()] if self.policy.segmented else []
+        return [*packed, *self._written.counts(), self._lengths.copy()]
 
     def set_counts(self, counts: Sequence[np.ndarray]) -> None:
         """Take over what ``counts`` of a cache with the same tokens gave, on the host and on the device."""
-        self._lengths = np.ascontiguousarray(counts[-1], dtype=np.int32)
-        self._packed = np.ascontiguousarray(counts[0], dtype=np.int32)
-        for tensor, values in zip(self._counts, counts, strict=True):
-            tensor.copyfrom(np.ascontiguousarray(values, dtype=np.int32))
+        values = [np.ascontiguousarray(count, dtype=np.int32) for count in counts]
+        self._lengths = values[-1]
+        self._packed = values[0] if self.policy.segmented else values[-1]
+        self._written = WrittenTokens(self._written.rings, self.batch)
+        self._written.note(self._lengths, self._packed)
+        if self._written.rings:
+            self._written.note(*values[-3:-1])
+        self._counts[-1].copyfrom(self._lengths)
+        if self.policy.segmented:
+            self._counts[0].copyfrom(self._packed)
+
+    @property
+    def tokens_in_use(self) -> int:
+        """The capacity, at least 1, of a cache that what is held fits: a crop may have left more blocks begun."""
+        block = self.policy.block
+        begun = -(-self._packed // block) * block + (self.policy.sinks + self.policy.recent)
+        return max(1, *self._lengths.tolist(), *(begun[self._packed > 0].tolist() if self.policy.segmented else []))
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +96,7 @@ class CacheArrays:
         """Note on the host that prefill (``chunk``) or decode has appended ``new_lengths`` [batch] tokens."""
         self._lengths = self._lengths + new_lengths.astype(np.int32)
         self._packed = self.policy.packed_after(self._packed, self._lengths, chunk)
+        self._written.note(self._lengths, self._packed)
 
     def set_lengths(self, lengths: np.ndarray) -> None:
         """Set the lengths, int [batch], on the host and on the device; tokens in tiles stay there."""
@@ -79,6 +107,7 @@ class CacheArrays:
             behind = np.maximum(self._lengths - self.policy.sinks, 0)
             self._packed = np.ascontiguousarray(np.minimum(self._packed, behind), dtype=np.int32)
             self._counts[0].copyfrom(self._packed)
+        self._written.restart(self._lengths, self._packed)
 
     def assume(self, lengths: np.ndarray) -> None:
         """Take the arrays for those of sequences of ``lengths``, int [batch], which someone else has written.
@@ -86,26 +115,37 @@ class CacheArrays:
         With a policy as many tokens count as packed as if they had come one by one.
         """
         self._packed = self.policy.packed_after(np.zeros(self.batch, np.int32), lengths.astype(np.int32), False)
+        self._written = WrittenTokens(self._written.rings, self.batch)
         self.set_lengths(lengths)
+        self._written.note(self._lengths, self._packed)
 
     def restore(self, lengths: np.ndarray) -> None:
         """Go back to ``lengths`` [batch] after a call that failed midway.
 
         Sequences of which it had begun to flush tokens into tiles keep only those that are safe: the ring's slots may
-        be overwritten.
+        be overwritten. One whose window it may have overwritten in a ring of tiles is emptied.
         """
+        self._written.note(self.device_lengths(), self._counts[0].numpy())
         if self.policy.segmented:
             moved = self._counts[0].numpy() != self._packed
             safe = np.minimum(lengths, self.policy.sinks + self._packed)
             lengths = np.where(moved, safe, lengths)
-        self.set_lengths(lengths)
+        self.set_lengths(np.where(self._written.possible(lengths), lengths, 0))
+
+    def shortest_crop(self) -> np.ndarray:
+        """Return the least numbers of tokens, int [batch], that ``crop`` can keep, none aside.
+
+        0 where every number is possible: in a cache without a window, and as long as no ring has given up a tile.
+        """
+        return self._written.shortest()
 
     def crop(self, keep: int | Sequence[int] | np.ndarray) -> None:
         """Keep the first ``keep`` tokens of every sequence, or ``keep[i]`` of sequence i.
 
         One number leaves shorter sequences as they are. Raises UsageError for a negative number, for more
         tokens than the longest sequence has, for more than its own sequence has if ``keep`` is per
-        sequence, and for a wrong number of entries.
+        sequence, for a wrong number of entries, and where a layer with a window has given up tokens that the next ones
+        would see (``shortest_crop``).
         """
         wanted = np.asarray(keep)
         if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (self.batch,)):
@@ -113,13 +153,26 @@ class CacheArrays:
         limit = self._lengths.max() if wanted.ndim == 0 else self._lengths
         if (wanted < 0).any() or (wanted > limit).any():
             raise UsageError(f"crop({keep!r}): the sequences hold {self._lengths.tolist()} tokens")
-        self.set_lengths(np.minimum(wanted, self._lengths))
+        kept = np.minimum(wanted, self._lengths)
+        if not (possible := self._written.possible(kept)).all():
+            raise UsageError(self._refusal(f"crop({keep!r})", int(np.argmin(possible))))
+        self.set_lengths(kept)
+
+    def _refusal(self, call: str, sequence: int) -> str:
+        """Why a sequence cannot be cropped."""
+        windows = " and ".join(str(ring.window) for ring in self._written.rings)
+        shortest, always = self.shortest_crop()[sequence], self._written.always
+        few = f"at most {always}" if always else "0"
+        return (
+            f"{call}: layers with a window of {windows} tokens keep only the last ones of sequence {sequence}, which "
+            f"holds {self._lengths[sequence]}; crop to {shortest} or more, or to {few} and prefill again"
+        )
 
     def copy(self) -> CacheArrays:
         """Return an independent copy on the same device; raises DeviceError if it does not fit."""
         with device_errors("cannot copy the KV cache", "free memory on the device or use a smaller capacity"):
             copies = [tensor.copyto(self.device) for tensor in self.tensors]
-            return CacheArrays(copies, self.device, self.policy)
+            return self._like(copies, range(self.batch))
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> CacheArrays:
         """Return a cache whose sequence i is a copy of sequence ``indices[i]``; any number of them.
@@ -133,8 +186,13 @@ class CacheArrays:
             raise UsageError(f"reorder({indices!r}): the sequences are numbered 0 to {self.batch - 1}")
         rows = [int(index) for index in order]
         with device_errors("cannot reorder the KV cache", "free memory on the device or use fewer sequences"):
-            copies = [_gather(tensor, rows, self.device) for tensor in self.tensors]
-            return CacheArrays(copies, self.device, self.policy)
+            return self._like([_gather(tensor, rows, self.device) for tensor in self.tensors], rows)
+
+    def _like(self, tensors: Sequence[Tensor], order: Sequence[int]) -> CacheArrays:
+        """The cache of copies of this one's sequences ``order``."""
+        cache = CacheArrays(tensors, self.device, self.policy, self._written.rings)
+        cache._written = self._written.select(order)
+        return cache
 
 
 def _nbytes(tensor: Tensor) -> int:

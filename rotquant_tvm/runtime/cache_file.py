@@ -68,7 +68,7 @@ def save_cache(path: str | os.PathLike[str], cache: CacheArrays, used: CacheArra
 
 @dataclass(frozen=True)
 class CacheFile:
-    """A saved cache that has been checked: ``counts`` int32 [1 or 2, batch], the lengths last."""
+    """A saved cache that has been checked: ``counts`` int32 [counts, batch] (``CacheArrays.counts``)."""
 
     path: Path
     counts: np.ndarray
@@ -111,7 +111,7 @@ class CacheFile:
     def _check_counts(self, policy: CachePolicy) -> None:
         """What is neither in tiles nor a sink must fit the ring."""
         if policy.segmented:
-            behind = np.maximum(self.counts[1] - policy.sinks, 0)
+            behind = np.maximum(self.counts[-1] - policy.sinks, 0)
             waiting = behind - self.counts[0]
             if (waiting < 0).any() or (waiting > policy.ring).any():
                 raise ArtifactError(f"{self.path} is damaged: its counts contradict the cache policy; save it again")

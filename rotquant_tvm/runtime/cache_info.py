@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any
 
 from rotquant_tvm.cache_policy import NO_POLICY, TILE_TOKENS, CachePolicy
 from rotquant_tvm.errors import ArtifactError, UsageError
+from rotquant_tvm.window_ring import WindowRing
 
-INFO_VERSION = 2
+INFO_VERSION = 3
+"""The version that this release writes. Version 3 says of a layer if it keeps a window's tokens only."""
+READABLE = (2, 3)
+"""Versions that this release reads. Those before 3 have no such layers, and what they say is the same."""
 LAYOUT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """The cache of one layer: its shape, the KV formats of its keys and values, and its policy."""
+    """The cache of one layer: its shape, the KV formats of its keys and values, and its policy.
+
+    ``window``: the layer keeps only what so many tokens need, in a ring of tiles; None keeps every token.
+    """
 
     kv_heads: int
     head_dim: int
@@ -25,6 +32,12 @@ class LayerInfo:
     v: str
     tile_bytes: int
     policy: CachePolicy = NO_POLICY
+    window: int | None = None
+
+    @property
+    def ring(self) -> WindowRing | None:
+        """The ring that the tiles are, if the layer has a window."""
+        return None if self.window is None else WindowRing(self.window, self.policy)
 
     @property
     def bytes_per_token(self) -> float:
@@ -34,9 +47,11 @@ class LayerInfo:
 
     def cache_bytes(self, capacity: int) -> int:
         """Bytes of the layer's arrays for one sequence of ``capacity`` tokens, as they are allocated."""
+        tiles = self.policy.packed_tiles(capacity) if self.policy.segmented else -(-capacity // TILE_TOKENS)
+        if self.ring is not None:
+            tiles = min(tiles, self.ring.tiles)
         if not self.policy.segmented:
-            return self.kv_heads * self.tile_bytes * -(-capacity // TILE_TOKENS)
-        tiles = self.policy.packed_tiles(capacity)
+            return self.kv_heads * self.tile_bytes * tiles
         blocks = tiles * TILE_TOKENS // self.policy.center if self.policy.center else 0
         plain = 4 * self.head_dim * self.policy.slots
         return self.kv_heads * (tiles * self.tile_bytes + blocks * self._centre_bytes + plain)
@@ -73,8 +88,8 @@ class KVCacheInfo:
         """
         if not isinstance(document, Mapping):
             raise ArtifactError(f"{where}: expected a JSON object; compile the model again")
-        check_version(document, "version", INFO_VERSION, where)
-        check_version(document, "layout_version", LAYOUT_VERSION, where)
+        check_version(document, "version", READABLE, where)
+        check_version(document, "layout_version", (LAYOUT_VERSION,), where)
         layers = entry(document, "layers", list, where)
         names = entry(document, "weights", list, where)
         if not layers or not all(isinstance(name, str) for name in names):
@@ -116,18 +131,30 @@ class KVCacheInfo:
         """The policy that the layers which have one share."""
         return next((layer.policy for layer in self.layers if layer.policy.segmented), CachePolicy())
 
+    @property
+    def rings(self) -> tuple[WindowRing, ...]:
+        """The different rings of the layers that have a window."""
+        return tuple(dict.fromkeys(layer.ring for layer in self.layers if layer.ring is not None))
+
 
 def _layer(document: object, where: str) -> LayerInfo:
     if not isinstance(document, Mapping):
         raise ArtifactError(f"{where}: expected a JSON object; compile the model again")
-    return LayerInfo(
+    layer = LayerInfo(
         kv_heads=positive(document, "kv_heads", where),
         head_dim=positive(document, "head_dim", where),
         k=entry(document, "k", str, where),
         v=entry(document, "v", str, where),
         tile_bytes=positive(document, "tile_bytes", where),
         policy=_policy(document, where),
+        window=positive(document, "window", where) if "window" in document else None,
     )
+    if layer.ring is not None and positive(document, "tokens_kept", where) != layer.ring.tokens:
+        raise ArtifactError(
+            f"{where}: it keeps {document['tokens_kept']} tokens for a window of {layer.window} and this release keeps "
+            f"{layer.ring.tokens}; compile the model again with this release"
+        )
+    return layer
 
 
 def _policy(document: Mapping[str, Any], where: str) -> CachePolicy:
@@ -157,11 +184,11 @@ def positive(document: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
-def check_version(document: Mapping[str, Any], key: str, expected: int, where: str) -> None:
-    """Raise ArtifactError unless ``document[key]`` is the version that this release reads."""
+def check_version(document: Mapping[str, Any], key: str, readable: Sequence[int], where: str) -> None:
+    """Raise ArtifactError unless ``document[key]`` is a version that this release reads."""
     value = document.get(key)
-    if value != expected or isinstance(value, bool):
+    if value not in readable or isinstance(value, bool):
         raise ArtifactError(
-            f"{where}: {key} is {value!r} and this release reads {expected}; "
+            f"{where}: {key} is {value!r} and this release reads {' and '.join(map(str, readable))}; "
             "compile the model again with this release"
         )

@@ -116,7 +116,7 @@ class CompiledLibrary:
         )
         with device_errors(what, "use a smaller capacity or batch"):
             tensors = self.virtual_machine()["create_kv_cache"](int(batch), int(capacity))
-            return CacheArrays(list(tensors), self.device, self.info.policy)
+            return CacheArrays(list(tensors), self.device, self.info.policy, self.info.rings)
 
     def check_batch(self, batch: int) -> None:
         """Raise UsageError unless the library can run ``batch`` sequences at once."""

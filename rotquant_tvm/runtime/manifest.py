@@ -91,7 +91,7 @@ class Manifest:
             raise ArtifactError(
                 f"{where}: not the manifest of a {FORMAT}; pass a folder written by tvmc compile"
             )
-        check_version(document, "version", VERSION, where)
+        check_version(document, "version", (VERSION,), where)
         if "checksum" in document and document["checksum"] != _checksum(document):
             raise ArtifactError(f"{where}: its content does not match its checksum; compile the model again")
         capacity = document.get("default_capacity")

@@ -82,7 +82,8 @@ class Session:
         batch is 1). Returns float32 [batch, vocab]; the row of a sequence without new tokens is NaN. Raises
         UsageError for ids outside the vocabulary, a wrong number of rows or no token at all, KVCacheFull if
         the tokens do not fit, DeviceError if the device fails. After an error no new token is held; with a
-        cache policy a call that failed midway may cost tokens that had just left the ring: see ``lengths``.
+        cache policy a call that failed midway may cost tokens that had just left the ring, and with layers that keep
+        only a window it may empty sequences: see ``lengths``.
         """
         rows = token_rows(ids, self.batch, self.info.vocab_size)
         new_lengths = np.array([len(row) for row in rows])
@@ -123,6 +124,7 @@ class Session:
             if alone or taking.all():
                 self._cache.advance(taking, chunk=alone)
             else:
+                self._cache.advance(np.ones(self.batch, np.int32), chunk=False)
                 self._cache.set_lengths(lengths + taking)
         return logits
 
@@ -194,10 +196,18 @@ class Session:
     def crop(self, keep: int | Sequence[int] | np.ndarray) -> None:
         """Keep the first ``keep`` tokens of every sequence, or ``keep[i]`` of sequence i.
 
-        One number leaves shorter sequences as they are. Raises UsageError for a negative number and for more
-        tokens than are there.
+        One number leaves shorter sequences as they are. Raises UsageError for a negative number, for more tokens than
+        are there and for fewer than ``shortest_crop`` where a layer keeps only its window.
         """
         self._cache.crop(keep)
+
+    def shortest_crop(self) -> np.ndarray:
+        """Return the least number of tokens, int [batch], that ``crop`` can keep of each sequence, none aside.
+
+        It is 0 but where layers with a sliding window have given up tokens that the next one would see after a shorter
+        crop (``window_ring``). The token of the last step can always be taken back.
+        """
+        return self._cache.shortest_crop()
 
     def fork(self) -> Session:
         """Return a session of its own that holds the same tokens; raises DeviceError if it does not fit."""
@@ -208,7 +218,7 @@ class Session:
 
         The file has the packed cache as it is, cut to the tokens held. Raises UsageError if it cannot be written.
         """
-        used = self.library.create_cache(self.batch, max(1, int(self.lengths.max())))
+        used = self.library.create_cache(self.batch, self._cache.tokens_in_use)
         save_cache(path, self._cache, used, self.library.identity)
 
     def reorder(self, indices: Sequence[int] | np.ndarray) -> None:

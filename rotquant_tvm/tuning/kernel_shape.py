@@ -31,7 +31,7 @@ _DECODERS = ("attention_decode", "attention_prefill", "dequantize_cache", "dequa
 _WITHOUT_EFFECT = ("scale", "splits", "after")
 """Numbers that change no instruction, that are knobs themselves, or that only order calls."""
 _FORMATS = ("k", "v", "format")
-_EXTRAS = ("window", "rotated")
+_EXTRAS = ("window", "rotated", "softcap")
 """What a kernel does or does not do beside its work."""
 _SCALED = ("heads", "kv_heads")
 """Numbers whose kernels are alike; the ratio counts."""

@@ -79,7 +79,7 @@ def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
     ended = tvmc(
         "compile",
         model,
-        *("--kv-cache", "f16", "--dtype", "float16", "--disabled-pass", "ScheduleForLLVM", "-o", tmp_path / "a.rq"),
+        *("--kv-cache", "f16", "--dtype", "bfloat16", "--disabled-pass", "ScheduleForLLVM", "-o", tmp_path / "a.rq"),
         *("--print-ir-before", "FindAttention", "--print-ir-after", "tirx.LowerWarpMemory"),
     )
     assert ended.status == 0, ended.err
@@ -91,7 +91,7 @@ def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
     written = read_artifact(tmp_path / "a.rq")
     manifest = written.manifest
     assert manifest.report["layers_rewritten"] == 2
-    assert {str(weight.dtype) for _, weight in written.weights()} == {"float16"}
+    assert {str(weight.dtype) for _, weight in written.weights()} == {"bfloat16"}
     assert manifest.report["default_capacity"] == manifest.default_capacity == 256
 
 

@@ -59,7 +59,7 @@ def test_version(tvmc):
         ("compile", "m", "--kv-cach", "rq3"),
         ("compile", "m", "-O", "9"),
         ("compile", "m", "--dtype", "int8"),
-        ("compile", "m", "--model-format", "onnx"),
+        ("compile", "m", "--model-format", "tflite"),
         ("compile", "m", "--dump-code", "wasm"),
         ("compile", "m", "--kv-capacity", "0"),
         ("compile", "m", "--kv-capacity", "-3"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rotquant_tvm.cli.report_table import kernel_table, report_parts, report_table
+from rotquant_tvm.cli.report_table import fold_line, kernel_table, report_line, report_parts, report_table
 
 LAYER = {"k": "hurwitz3", "v": "hurwitz3", "kv_heads": 3, "head_dim": 64, "k_bits": 3.25, "v_bits": 3.25}
 LAYER |= {"bytes_per_token": 156.0, "f16_bytes_per_token": 768}
@@ -46,7 +46,30 @@ def test_layers_that_differ_in_kernels_alone_are_one_row_of_the_first_table():
     assert [row[0] for row in rows(report_table(report("kv_append", "kv_append1")))] == ["0–1"]
 
 
+def test_layers_that_keep_a_window_are_told():
+    report = TOTALS | {"layers": [LAYER | {"layer": 0, "tokens_kept": 96}, LAYER | {"layer": 1, "tokens_kept": None}]}
+    report |= {"cache_bytes": {"8192": 1000, "32768": 2000}, "f16_cache_bytes": {"8192": 50_000, "32768": 200_000}}
+    assert [(row[0], row[-1]) for row in rows(report_table(report))] == [("0", "96"), ("1", "all"), ("all", "")]
+    line = report_line(report)
+    assert "layers 0 keep only their window: a sequence takes 1,000 bytes at 8,192 tokens (50× smaller" in line
+    assert "and 2,000 bytes at 32,768 tokens (100× smaller than f16)" in line
+    assert "window" not in report_line(TOTALS | {"layers": [LAYER | {"layer": 0}]})
+
+
 def test_a_report_without_kernels_is_shown_without_their_table():
     layers = [LAYER | {"layer": 0}]
     assert len(report_parts(TOTALS | {"layers": layers})) == 2
     assert len(report_parts(report("kv_append"))) == 3
+
+
+def test_what_weights_took_over_is_one_line():
+    first, other = {"k": "not folded: RoPE", "v": "W_v, W_o"}, {"k": "no rotation", "v": "W_v; not W_o: a gate"}
+    layers = [LAYER | {"layer": i, "folded": folded} for i, folded in enumerate([first, other, first])]
+    line = fold_line(TOTALS | {"layers": layers})
+    assert line == (
+        "rotations in weights: layers 0, 2: K not folded: RoPE, V W_v, W_o"
+        " · layers 1: K no rotation, V W_v; not W_o: a gate"
+    )
+    shown = report_parts(TOTALS | {"layers": layers})
+    assert line in shown
+    assert fold_line(TOTALS | {"layers": [LAYER | {"layer": 0, "folded": None}]}) == ""

@@ -25,7 +25,7 @@ def graph(sites: int, kept: dict[int, str]) -> nx.DiGraph:
             data["detail"] = f"all about {column} <{row}> & more"
             if column == "attention":
                 reason = kept.get(row, "")
-                data["site"] = {"verdict": "keep" if reason else "quantize", "reason": reason}
+                data["site"] = {"verdict": "refuse" if reason else "quantize", "reason": reason}
             made.add_node((row, column), **data)
         for column in ("query", "key", "value"):
             made.add_edge((row, column), (row, "attention"))
@@ -71,7 +71,7 @@ def test_sites_are_rows_from_the_top_down_and_the_picture_grows_with_them():
 def test_verdicts_are_colours_and_reasons_are_written_out():
     svg = draw_sites(graph(2, {1: "its mask is an operand"}), "two sites")
     found = groups(svg)
-    for row, verdict in enumerate(("quantize", "keep")):
+    for row, verdict in enumerate(("quantize", "refuse")):
         drawn = ET.tostring(found[f"site-{row}-attention"]).decode()
         assert [colour in drawn for colour in COLOURS.values()] == [name == verdict for name in COLOURS]
     texts = [text.text for text in ET.fromstring(svg).iter(f"{SVG}text")]

@@ -58,4 +58,4 @@ def test_attention_says_its_shape_and_verdict(llama):
     assert data["label"] == "0 · 2/1 heads × 32 · causal"
     assert data["site"]["verdict"] == "quantize" and data["detail"].endswith(": quantize")
     kept = graph_of(llama, window=7, reason="it is odd").nodes[1, "attention"]
-    assert kept["label"].endswith("window 7") and kept["detail"].endswith(": keep: it is odd")
+    assert kept["label"].endswith("window 7") and kept["detail"].endswith(": refuse: it is odd")

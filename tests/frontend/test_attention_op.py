@@ -30,9 +30,19 @@ def test_attention_is_torchs_with_the_mask_written_out(batch, kv_heads, group, s
     torch.testing.assert_close(actual, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
+def test_soft_capped_scores():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5, 16)
+    scores = 1.5 * torch.tanh(q @ k.transpose(2, 3) * 0.8 / 1.5)
+    scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
+    expected = scores.softmax(-1) @ v
+    torch.testing.assert_close(causal_attention(q, k, v, 0.8, None, 1.5), expected.transpose(1, 2))
+    assert not torch.allclose(causal_attention(q, k, v, 0.8, None), expected.transpose(1, 2), atol=1e-2)
+
+
 def test_operators_agree_with_their_shape_functions():
     q, k = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 5, 16)
-    torch.library.opcheck(causal_attention, (q, k, k.clone(), 0.25, None))
+    torch.library.opcheck(causal_attention, (q, k, k.clone(), 0.25, None, 30.0))
     torch.library.opcheck(select_token, (torch.randn(2, 5, 8), torch.tensor([4, 0], dtype=torch.int32)))
 
 

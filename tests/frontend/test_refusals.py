@@ -14,14 +14,14 @@ from rotquant_tvm.frontend import from_torch, import_model
 from rotquant_tvm.frontend.attention_interface import Trace
 
 REFUSED = {
-    "softcap": ("Gemma2", {"head_dim": 16}, "'gemma2': Gemma2Attention passes 'softcap'"),
-    "sinks": ("GptOss", {"head_dim": 16, "num_local_experts": 4}, "passes 's_aux'"),
+    "softcap": ("Gemma2", {"attn_logit_softcapping": -1.0}, "'gemma2': Gemma2Attention caps its scores softly at -1.0"),
+    "sinks": ("GptOss", {"head_dim": 16, "num_local_experts": 4}, r"passes 's_aux' \(attention sinks\)"),
     "chunked": ("Llama4Text", {"head_dim": 16, "attention_chunk_size": 4}, "'llama4_text' asks for a mask"),
     "no attention": ("Mamba", {}, "'mamba' has no attention"),
     "recurrent state": ("Jamba", {}, "'jamba' keeps more than keys and values"),
-    "own attention": ("Falcon", {}, "'falcon' has no attention, or computes it outside"),
+    "own attention": ("GPTJ", {"rotary_dim": 8}, "'gptj' has no attention, or computes it outside"),
     "not causal": ("Bert", {"is_decoder": False}, "'bert' asks for a mask"),
-    "latent attention": ("DeepseekV3", {"num_key_value_heads": 4}, "'deepseek_v3'"),
+    "latent attention": ("DeepseekV3", {"num_key_value_heads": 4}, "'deepseek_v3' has multi-head latent attention"),
     "length-dependent rope": (
         "Llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
@@ -55,8 +55,8 @@ def test_encoder_decoder_is_refused():
 def test_other_objects_and_dtypes_are_refused(tiny):
     with pytest.raises(ModelError, match="Linear is not a transformers model"):
         from_torch(torch.nn.Linear(2, 2))
-    with pytest.raises(ModelError, match=r"torch.bfloat16 .*model.float\(\)"):
-        from_torch(tiny("Llama").bfloat16())
+    with pytest.raises(ModelError, match=r"torch.float64 .*model.float\(\)"):
+        from_torch(tiny("Llama").double())
     with pytest.raises(ModelError, match="meta device"):
         from_torch(tiny("Llama").to("meta"))
     with pytest.raises(ModelError, match="no output embedding"):

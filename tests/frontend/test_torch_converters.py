@@ -33,6 +33,11 @@ class Select(torch.nn.Module):
         return x.select(self.axis, self.index) + 0
 
 
+class Index(torch.nn.Module):
+    def forward(self, x):
+        return torch.cat([x[..., [-2], :], x[:, :, [0, -1]]], 2)
+
+
 def compiled(module: torch.nn.Module, example: torch.Tensor):
     """The module through the importer and TVM, as a function of arrays whose first two axes are dynamic."""
     dynamic = ({0: Dim("batch"), 1: Dim("seq")},)
@@ -56,3 +61,9 @@ def test_select_counts_negative_indices_from_the_end(axis, index, capfd):
     x = np.random.default_rng(1).standard_normal((7, 9, 6)).astype(np.float32)
     np.testing.assert_array_equal(run(x), np.take(x, index, axis))
     assert "Warning" not in capfd.readouterr().err
+
+
+def test_indices_count_from_the_end():
+    run = compiled(Index(), torch.zeros(4, 5, 6, 3))
+    x = np.random.default_rng(2).standard_normal((2, 3, 6, 3)).astype(np.float32)
+    np.testing.assert_array_equal(run(x), x[:, :, [4, 0, 5]])

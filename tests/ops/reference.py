@@ -227,11 +227,15 @@ def stored_kv(codecs, cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return k, v
 
 
-def attention(q, k, v, scale: float, first: int = 0, window: int | None = None) -> np.ndarray:
-    """Causal attention of one sequence: q [s, heads, d] at positions first… over k, v [kv_heads, n, d]."""
+def attention(q, k, v, scale: float, first=0, window: int | None = None, softcap: float | None = None) -> np.ndarray:
+    """Causal attention of one sequence: q [s, heads, d] at positions first… over k, v [kv_heads, n, d].
+
+    ``softcap``: scaled scores s become softcap · tanh(s / softcap).
+    """
     group = q.shape[1] // k.shape[0]
     keys, values = (np.repeat(x.astype(np.float64), group, axis=0) for x in (k, v))
     scores = np.einsum("shd,hnd->hsn", q.astype(np.float64), keys) * scale
+    scores = softcap * np.tanh(scores / softcap) if softcap else scores
     distance = first + np.arange(len(q))[:, None] - np.arange(k.shape[1])
     hidden = (distance < 0) | (distance >= (window or np.inf))
     scores = np.where(hidden, -np.inf, scores)

@@ -8,6 +8,7 @@ from rotquant_tvm import ops
 from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.formats import TOKENS
 from rotquant_tvm.formats.centre import centre_words, decode_centre
+from rotquant_tvm.window_ring import WindowRing
 
 from .reference import layout_of, random_words, unpack_words
 
@@ -15,13 +16,19 @@ from .reference import layout_of, random_words, unpack_words
 class SegmentedCache:
     """Arrays of one layer, full of random bits at first, and the rotated keys and values that were appended.
 
-    ``history``: float64 [batch, 2, kv_heads, capacity, head_dim], as 16-bit rows would hold them.
+    ``history``: float64 [batch, 2, kv_heads, capacity, head_dim], as 16-bit rows would hold them. With a ``window`` the
+    tiles are a ring.
     """
 
-    def __init__(self, kernels, rng, case, policy: CachePolicy, batch: int, capacity: int, dtype="float32") -> None:
+    def __init__(
+        self, kernels, rng, case, policy: CachePolicy, batch: int, capacity: int, dtype="float32", window=None
+    ) -> None:
         self.kernels, self.rng, self.case, self.policy, self.dtype = kernels, rng, case, policy, dtype
         self.codecs = tuple(codec.in_rotated_basis() for codec in case.codecs)
         layout, tiles = layout_of(self.codecs), policy.packed_tiles(capacity)
+        self.wraps = window is not None
+        if self.wraps:
+            tiles = min(tiles, WindowRing(window, policy).tiles)
         heads, head_dim = case.kv_heads, case.head_dim
         self.cache = random_words(rng, layout, (batch, heads, tiles))
         if any(codec.format.bits == 16 for codec in self.codecs):  # caches hold no NaN as a 16-bit value
@@ -56,7 +63,7 @@ class SegmentedCache:
         poison = np.full_like(self.packed, -7)
         plan = build(ops.plan_flush, policy, chunk=chunk)
         self.packed, before = run(plan, self.packed, self.lengths, poison, writes=(0, 2))
-        kernel = build(ops.flush, *self.case.codecs, self.case.kv_heads, self.dtype, policy)
+        kernel = build(ops.flush, *self.case.codecs, self.case.kv_heads, self.dtype, policy, wraps=self.wraps)
         written = [self.cache] if self.centre is None else [self.cache, self.centre]
         rest = [self.plain, *new, before, self.packed, self.lengths, new_lengths]
         result = run(kernel, *written, *rest, writes=tuple(range(len(written))))
@@ -95,8 +102,9 @@ class SegmentedCache:
         """What attention must see: as ``history``, decoded where ``packed`` (default: now) says so."""
         packed = self.packed if packed is None else packed
         result, (decoded, _) = self.history.copy(), self.tiles()
-        sinks = self.policy.sinks
+        sinks, held = self.policy.sinks, self.cache.shape[2] * TOKENS
         for b, count in enumerate(packed):
+            places = np.arange(count) % held if self.wraps else np.arange(count)
             for role in range(2):
-                result[b, role, :, sinks : sinks + count] = decoded[role][b, :, :count]
+                result[b, role, :, sinks : sinks + count] = decoded[role][b][:, places]
         return result

@@ -16,21 +16,21 @@ SCALE = 0.09
 LENGTHS = np.array([0, 1, 31, 32, 33, 64, 65, 96, 127, 128], np.int32)
 
 
-def decode(kernels, poisoned, case, q, cache, lengths, splits=3, window=None):
+def decode(kernels, poisoned, case, q, cache, lengths, splits=3, **options):
     """Run ``attention_decode``."""
     arguments = (*case.codecs, case.heads, case.kv_heads, SCALE, str(q.dtype))
-    kernel = kernels.build(ops.attention_decode, *arguments, splits=splits, window=window)
+    kernel = kernels.build(ops.attention_decode, *arguments, splits=splits, **options)
     lengths = np.asarray(lengths, np.int32)
     return kernels.run(kernel, q, cache, lengths, poisoned(q.shape, q.dtype), writes=(3,))
 
 
-def expected(case, q, cache, lengths, window=None):
+def expected(case, q, cache, lengths, **options):
     """The same in float64."""
     keys, values = stored_kv(case.codecs, cache)
     out = np.zeros(q.shape)
     for b, n in enumerate(lengths):
         if n:
-            out[b] = attention(q[b], keys[b, :, :n], values[b, :, :n], SCALE, first=n - 1, window=window)
+            out[b] = attention(q[b], keys[b, :, :n], values[b, :, :n], SCALE, first=n - 1, **options)
     return out
 
 
@@ -43,7 +43,8 @@ def check(kernels, rng, poisoned, case, lengths, tiles=4, dtype="float32", **opt
     cache = filled_cache(rng, case.codecs, case.kv_heads, tiles, lengths)
     q = queries(rng, case, len(lengths), dtype)
     actual = decode(kernels, poisoned, case, q, cache, lengths, **options)
-    check_output(actual, expected(case, q, cache, lengths, options.get("window")))
+    options.pop("splits", None)
+    check_output(actual, expected(case, q, cache, lengths, **options))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -60,6 +61,12 @@ def test_the_number_of_splits_does_not_matter(kernels, rng, poisoned, splits, ca
 @pytest.mark.parametrize("window", [1, 7, 32, 40])
 def test_sliding_windows(kernels, rng, poisoned, window):
     check(kernels, rng, poisoned, MIXED, LENGTHS, window=window)
+
+
+@pytest.mark.parametrize(("case", "softcap", "window"), [(MIXED, 0.5, None), (CASES[0], 30.0, 33)], ids=str)
+def test_soft_capped_scores(kernels, rng, poisoned, case, softcap, window):
+    """A cap that nearly all scores exceed, and one that bends the largest a little."""
+    check(kernels, rng, poisoned, case, LENGTHS, softcap=softcap, window=window)
 
 
 def test_one_long_sequence_beside_short_ones(kernels, rng, poisoned):

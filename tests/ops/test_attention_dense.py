@@ -28,26 +28,26 @@ def inputs(rng, heads, kv_heads, head_dim, dtype="float32"):
     return q.astype(dtype), *pasts, k.astype(dtype), v.astype(dtype)
 
 
-def dense(kernels, poisoned, arguments, chunk, window=None):
+def dense(kernels, poisoned, arguments, chunk, **options):
     """Run ``attention_dense`` on what ``inputs`` returns."""
     q, k_past, v_past, k, v = arguments
     heads, head_dim = q.shape[2:]
     past, new = (np.array(x, np.int32) for x in zip(*RAGGED, strict=True))
-    options = {"chunk": chunk, "window": window}
-    kernel = kernels.build(ops.attention_dense, heads, k_past.shape[1], head_dim, SCALE, str(q.dtype), **options)
+    shape = (heads, k_past.shape[1], head_dim, SCALE, str(q.dtype))
+    kernel = kernels.build(ops.attention_dense, *shape, chunk=chunk, **options)
     apart = (k, v) if chunk else ()
     out = poisoned(q.shape, q.dtype)
     return kernels.run(kernel, q, k_past, v_past, *apart, past + new, new, out, writes=(-1,))
 
 
-def expected(arguments, window=None):
+def expected(arguments, **options):
     """Float64 attention over the past and the new tokens."""
     q, k_past, v_past, k, v = arguments
     out = np.zeros(q.shape)
     for b, (p, n) in enumerate(RAGGED):
         if n:
             whole = [np.concatenate([x[b, :, :p], y[b, :, :n]], 1) for x, y in ((k_past, k), (v_past, v))]
-            out[b, :n] = attention(q[b, :n], *whole, SCALE, first=p, window=window)
+            out[b, :n] = attention(q[b, :n], *whole, SCALE, first=p, **options)
     return out
 
 
@@ -68,11 +68,13 @@ def test_ragged_batches(kernels, rng, poisoned, head_dim, heads, kv_heads, chunk
 
 
 @pytest.mark.parametrize("chunk", [True, False])
-@pytest.mark.parametrize("window", [1, 7, 32, 40])
-def test_sliding_windows(kernels, rng, poisoned, chunk, window):
+@pytest.mark.parametrize(
+    "options", [{"window": 1}, {"window": 7}, {"window": 32}, {"window": 40}, {"window": 40, "softcap": 0.7}], ids=str
+)
+def test_sliding_windows_and_soft_caps(kernels, rng, poisoned, chunk, options):
     arguments = inputs(rng, 6, 2, 80)
-    reference = expected(arguments, window)
-    actual = dense(kernels, poisoned, arguments if chunk else joined(arguments), chunk, window)
+    reference = expected(arguments, **options)
+    actual = dense(kernels, poisoned, arguments if chunk else joined(arguments), chunk, **options)
     check_output(actual, reference)
 
 

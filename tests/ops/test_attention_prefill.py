@@ -17,22 +17,22 @@ SCALE = 0.09
 RAGGED = [(0, 0), (0, 1), (0, 33), (1, 32), (31, 2), (32, 31), (33, 33), (95, 1), (64, 0), (60, 20)]
 
 
-def prefill(kernels, poisoned, case, q, k, v, cache, past, new, window=None):
+def prefill(kernels, poisoned, case, q, k, v, cache, past, new, **options):
     """Run ``attention_prefill``."""
     arguments = (*case.codecs, case.heads, case.kv_heads, SCALE, str(q.dtype))
-    kernel = kernels.build(ops.attention_prefill, *arguments, window=window)
+    kernel = kernels.build(ops.attention_prefill, *arguments, **options)
     past, new = (np.asarray(x, np.int32) for x in (past, new))
     return kernels.run(kernel, q, k, v, cache, past + new, new, poisoned(q.shape, q.dtype), writes=(6,))
 
 
-def expected(case, q, k, v, cache, past, new, window=None):
+def expected(case, q, k, v, cache, past, new, **options):
     """The same in float64; zero in the padding."""
     keys, values = stored_kv(case.codecs, cache)
     out = np.zeros(q.shape)
     for b, (p, n) in enumerate(zip(past, new, strict=True)):
         if n:
             whole = [np.concatenate([x[b, :, :p], y[b, :, :n]], 1) for x, y in ((keys, k), (values, v))]
-            out[b, :n] = attention(q[b, :n], *whole, SCALE, first=p, window=window)
+            out[b, :n] = attention(q[b, :n], *whole, SCALE, first=p, **options)
     return out
 
 
@@ -46,13 +46,13 @@ def chunk(rng, case, new, dtype="float32"):
     return q.astype(dtype), k.astype(dtype), v.astype(dtype)
 
 
-def check(kernels, rng, poisoned, case, steps, dtype="float32", window=None):
+def check(kernels, rng, poisoned, case, steps, dtype="float32", **options):
     """Compare over a cache that holds random bits past the past."""
     past, new = zip(*steps, strict=True)
     cache = filled_cache(rng, case.codecs, case.kv_heads, 4, past)
     q, k, v = chunk(rng, case, new, dtype)
-    actual = prefill(kernels, poisoned, case, q, k, v, cache, past, new, window)
-    check_output(actual, expected(case, q, k, v, cache, past, new, window))
+    actual = prefill(kernels, poisoned, case, q, k, v, cache, past, new, **options)
+    check_output(actual, expected(case, q, k, v, cache, past, new, **options))
     for b, count in enumerate(new):
         assert (actual[b, count:] == 0).all()
 
@@ -65,6 +65,11 @@ def test_ragged_chunks(kernels, rng, poisoned, case):
 @pytest.mark.parametrize("window", [1, 7, 32, 40])
 def test_sliding_windows(kernels, rng, poisoned, window):
     check(kernels, rng, poisoned, MIXED, RAGGED, window=window)
+
+
+@pytest.mark.parametrize(("case", "softcap", "window"), [(MIXED, 0.5, None), (CASES[0], 30.0, 33)], ids=str)
+def test_soft_capped_scores(kernels, rng, poisoned, case, softcap, window):
+    check(kernels, rng, poisoned, case, RAGGED, softcap=softcap, window=window)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,7 +12,7 @@ from .cases import Case
 from .reference import attention, check_output
 from .segmented import SegmentedCache
 
-SCALE = 0.07
+SCALE, SOFTCAP = 0.07, 1.5
 CASES = [
     (Case("hurwitz3", 64, 9, 3), CachePolicy(sinks=4, recent=32, center=64)),
     (Case("iso4/planar2", 80, 8, 2), CachePolicy(sinks=5, center=32)),
@@ -37,18 +37,19 @@ def filled(kernels, rng, case, policy):
 def test_decode(kernels, rng, poisoned, case, policy, splits, window):
     cache = filled(kernels, rng, case, policy)
     cache.append(cache.draw(1), np.ones(4), chunk=False)
+    options = {"window": window, "softcap": SOFTCAP if splits == 1 else None}
     q = rng.standard_normal((4, 1, case.heads, case.head_dim)).astype(np.float32)
     kernel = kernels.build(
         ops.attention_decode,
         *(*case.codecs, case.heads, case.kv_heads, SCALE, "float32"),
         splits=splits,
-        window=window,
+        **options,
         policy=policy,
     )
     actual = kernels.run(kernel, q, *cache.arrays, cache.lengths, poisoned(q.shape, q.dtype), writes=(-1,))
     seen = cache.seen()
     expected = [
-        attention(q[b], seen[b, 0, :, :n], seen[b, 1, :, :n], SCALE, first=n - 1, window=window)
+        attention(q[b], seen[b, 0, :, :n], seen[b, 1, :, :n], SCALE, first=n - 1, **options)
         for b, n in enumerate(cache.lengths)
     ]
     check_output(actual, np.stack(expected))
@@ -59,13 +60,14 @@ def test_decode(kernels, rng, poisoned, case, policy, splits, window):
 def test_prefill(kernels, rng, poisoned, case, policy, window):
     """The chunk's tokens see the past as it was before they came, and each other unquantized."""
     cache = filled(kernels, rng, case, policy)
+    options = {"window": window, "softcap": SOFTCAP if window else None}
     counts, seq = np.array([40, 7, 0, 21], np.int32), 40
     new = cache.draw(seq)
     q = rng.standard_normal((4, seq, case.heads, case.head_dim)).astype(np.float32)
     kernel = kernels.build(
         ops.attention_prefill,
         *(*case.codecs, case.heads, case.kv_heads, SCALE, "float32"),
-        window=window,
+        **options,
         policy=policy,
     )
     total = cache.lengths + counts
@@ -77,7 +79,7 @@ def test_prefill(kernels, rng, poisoned, case, policy, window):
             np.concatenate([seen[b, role, :, :past], new[role][b, :, :count]], axis=1) for role in range(2)
         )
         if count:
-            expected[b, :count] = attention(q[b, :count], k, v, SCALE, first=past, window=window)
+            expected[b, :count] = attention(q[b, :count], k, v, SCALE, first=past, **options)
     check_output(actual, expected)
 
 

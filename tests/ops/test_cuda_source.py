@@ -70,9 +70,18 @@ def _segmented_attention(build, **options):
     yield from (_attention(build, c, policy=p, window=9, **options) for c in SEGMENTED for p in POLICIES)
 
 
+def _rings():
+    for case in (CASES[0], MIXED):
+        for after in (0, case.heads):
+            yield ops.append(*case.codecs, case.kv_heads, "float16", AXES, wraps=True, after=after)
+        for policy in POLICIES:
+            yield ops.flush(*case.codecs, case.kv_heads, "float16", policy, AXES, wraps=True, after=case.heads)
+            yield ops.dequantize_segments(*case.codecs, case.kv_heads, policy, AXES, wraps=True)
+
+
 def _dense():
     for chunk in (True, False):
-        yield ops.attention_dense(16, 1, 256, 0.1, "float16", AXES, chunk=chunk, window=100)
+        yield ops.attention_dense(16, 1, 256, 0.1, "float16", AXES, chunk=chunk, window=100, sinks=4 if chunk else 0)
 
 
 def _rotations():
@@ -88,6 +97,7 @@ OPERATORS = {
     "append": lambda: [ops.append(*c.codecs, c.kv_heads, "float16", AXES) for c in APPENDS],
     "dequantize_cache": lambda: [ops.dequantize_cache(*c.codecs, c.kv_heads, AXES) for c in CACHES],
     "policy": _policies,
+    "rings": _rings,
     "segmented decode": lambda: _segmented_attention(ops.attention_decode, splits=8),
     "segmented prefill": lambda: _segmented_attention(ops.attention_prefill),
     "attention_dense": _dense,

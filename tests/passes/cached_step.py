@@ -27,7 +27,11 @@ CASES = {
     "plain": (TinyModel(), "hurwitz3", "1=q8_0/iso3"),
     "policy": (TinyModel(head_dim=64), "hurwitz3:ip/iso4,sinks=3,recent=2,center=32", "0=q8_0/hurwitz2"),
     "policy-window": (TinyModel(window=29), "iso3/turbo2,sinks=1,recent=5", "0=f16"),
-    "mixed-window": (TinyModel(heads=3, kv_heads=1, head_dim=64, window=11), "iso3/planar2", "0=f16/turbo2:mse"),
+    "mixed-window": (
+        TinyModel(heads=3, kv_heads=1, head_dim=64, window=11, softcap=0.9),
+        "iso3/planar2",
+        "0=f16/turbo2:mse",
+    ),
 }
 """Model, formats and layer overrides whose numbers are followed through all passes."""
 
@@ -129,15 +133,31 @@ def stored(model: TinyModel, config: KVCacheConfig, cache: list[np.ndarray]) -> 
         tiles = [c.decode_rotated(e) for c, e in zip(codecs, unpack_words(layout, words), strict=True)]
         if policy.center:
             tiles[0] = tiles[0] + np.repeat(decode_centre(next(arrays)), policy.center, axis=2)
-        rotated = with_plain(policy, tiles, next(arrays), cache[-2], cache[-1]) if policy.segmented else tiles
+        if policy.segmented:
+            rotated = with_plain(policy, tiles, next(arrays), cache[-2], cache[-1], bool(model.window))
+        else:
+            rotated = unrolled(tiles, cache[-1]) if model.window else tiles
         found.append([c.unrotate(x) for c, x in zip(codecs, rotated, strict=True)])
     return found
 
 
+def unrolled(tiles: list[np.ndarray], lengths: np.ndarray) -> list[np.ndarray]:
+    """Tokens in order, from rings; those that were given up are other ones."""
+    places = np.arange(max(tiles[0].shape[2], lengths.max())) % tiles[0].shape[2]
+    return [x[:, :, places] for x in tiles]
+
+
 def with_plain(
-    policy: CachePolicy, tiles: list[np.ndarray], plain: np.ndarray, packed: np.ndarray, lengths: np.ndarray
+    policy: CachePolicy,
+    tiles: list[np.ndarray],
+    plain: np.ndarray,
+    packed: np.ndarray,
+    lengths: np.ndarray,
+    wraps: bool = False,
 ) -> list[np.ndarray]:
     """Tokens in order, from the tiles and the 16-bit rows [batch, kv_heads, 2, slots, head_dim]."""
+    if wraps:
+        tiles = unrolled(tiles, lengths)
     batch, heads, stored, head_dim = tiles[0].shape
     result = [np.zeros((batch, heads, policy.sinks + stored + policy.ring, head_dim)) for _ in range(2)]
     for role, out in enumerate(result):

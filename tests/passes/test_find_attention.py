@@ -10,6 +10,9 @@ from rotquant_tvm.passes.find_attention import SITES_ATTR, FindAttention, datafl
 from tvm import relax
 from tvm.relax import op
 
+from rotquant_tvm.errors import ModelError
+from rotquant_tvm.frontend.canonical_form import SOFTCAPS_ATTR
+
 from .tiny_model import HIDDEN, TinyModel
 
 
@@ -44,6 +47,16 @@ def test_the_default_scale_is_read_from_the_head_dim():
             return attention(self, bb, q, swap(bb, k), swap(bb, v), scale=None)
 
     assert [s.scale for s in sites(Unscaled())] == pytest.approx([32**-0.5] * 2)
+
+
+def test_softcaps_come_from_the_functions_attribute():
+    assert [s.softcap for s in sites(TinyModel())] == [None, None]
+    assert [s.softcap for s in sites(TinyModel(softcap=30.0))] == [30.0, 30.0]
+    func = TinyModel().module()["main"]
+    assert [s.softcap for s in find_attention(func.with_attr(SOFTCAPS_ATTR, [0.0, 1.5]))] == [None, 1.5]
+    for wrong in ([1.0], [1.0, -1.0], [1.0, float("inf")], [0.0, float("nan")]):
+        with pytest.raises(ModelError, match="does not fit the model's 2 attentions"):
+            find_attention(func.with_attr(SOFTCAPS_ATTR, wrong))
 
 
 class AnotherReader(TinyModel):
@@ -167,7 +180,7 @@ NEAR_MISSES = {
 def test_near_misses_say_why(model):
     found = sites(model())
     assert [site.reason for site in found] == [NEAR_MISSES[model]] * 2
-    assert {site.describe()["verdict"] for site in found} == {"keep"}
+    assert {site.describe()["verdict"] for site in found} == {"refuse"}
 
 
 def test_masks_are_told_apart():
@@ -232,6 +245,7 @@ def test_the_pass_annotates_and_changes_nothing_else():
         "scale": pytest.approx(0.3),
         "mask": "causal",
         "window": None,
+        "softcap": None,
         "cached": True,
         "verdict": "quantize",
         "reason": "",

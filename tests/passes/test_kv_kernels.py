@@ -25,13 +25,16 @@ def test_a_kernel_is_added_once():
     assert kernels.append(SHAPE).same_as(first) and kernels.advance().same_as(kernels.advance())
     other = kernels.append(SiteShape("iso3", "f16", 6, 2, 64, 0.125, None, "float16"))
     assert not other.same_as(first)
-    # append does not depend on heads, scale or window
-    assert kernels.append(SiteShape("iso3", "f16", 2, 2, 64, 9.0, 5, "float32")).same_as(first)
+    # append does not depend on heads or scale; with a window its tiles are a ring
+    assert kernels.append(SiteShape("iso3", "f16", 2, 2, 64, 9.0, None, "float32")).same_as(first)
+    ring = kernels.append(SiteShape("iso3", "f16", 2, 2, 64, 9.0, 5, "float32"))
+    assert not ring.same_as(first)
+    assert not kernels.append(SHAPE, rotated="k").same_as(first)  # new keys come rotated
     assert not kernels.attention_dense(SHAPE).same_as(
         kernels.attention_dense(SiteShape("iso3", "f16", 2, 2, 64, 0.125, None, "float32"))
     )
     names = [g.name_hint for g in builder.get().get_global_vars()]
-    assert all(name.startswith("kv_") for name in names) and len(names) == 5
+    assert all(name.startswith("kv_") for name in names) and len(names) == 7
 
 
 def test_kernels_are_marked_scheduled_and_recognized():

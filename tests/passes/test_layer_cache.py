@@ -42,17 +42,24 @@ def created(layer: LayerCache, batch: int, capacity: int) -> list[relax.TensorTy
     return layer.created(*(tirx.const(size, "int64") for size in (batch, capacity)))
 
 
+@pytest.mark.parametrize("window", [None, 1, 40, 100])
 @pytest.mark.parametrize("kv_cache", CACHES)
-def test_what_is_allocated_is_what_the_runtime_counts(kv_cache):
-    """Shapes by ``CachePolicy``'s own arithmetic; bytes by the runtime's, from the description alone."""
-    layer = layer_cache(kv_cache)
+def test_what_is_allocated_is_what_the_runtime_counts(kv_cache, window):
+    """Shapes by ``CachePolicy``'s own arithmetic; bytes by the runtime's, from the description alone.
+
+    With a window, the blocks that it can lie in and one that is being filled, if the capacity is not less.
+    """
+    layer = layer_cache(kv_cache, window=window)
     policy = layer.policy
-    document = {"version": 2, "layout_version": 1, "layers": [layer.describe()], "vocab_size": 5, "max_position": 9}
+    document = {"version": 3, "layout_version": 1, "layers": [layer.describe()], "vocab_size": 5, "max_position": 9}
     info = KVCacheInfo.from_document(document | {"dtype": "float32", "weights": ["w"]})
-    assert info.policy == policy
+    assert info.policy == policy and [ring.window for ring in info.rings] == ([window] if window else [])
     for capacity in (1, 31, 33, 36, 37, 69, 100, 101, 110, 1000):
         found = created(layer, 3, capacity)
         tiles = policy.packed_tiles(capacity) if policy.segmented else -(-capacity // 32)
+        if window:
+            block = max(1, policy.block // 32)
+            tiles = min(tiles, (-(-window // (32 * block)) + 1) * block)
         shapes = [(3, 2, tiles, layer.tile_bytes // 4)]
         if policy.center:
             shapes.append((3, 2, tiles * 32 // policy.center, 64 // 4 + 1))
@@ -73,6 +80,13 @@ def test_parameters_share_sizes_where_policies_do():
     for row in parameters:
         assert all(p.ty.shape[0].same_as(batch) for p in row)
     assert [str(p.ty.dtype) for p in parameters[0]] == ["uint32", "uint32", "float16"]
+
+
+def test_parameters_share_sizes_where_windows_do_too():
+    batch = tirx.Var("batch", "int64")
+    parameters = [layer_cache("hurwitz3,center=32", i, "1=f16", window=40).parameters(batch) for i in range(2)]
+    assert [str(row[0].ty.shape[2]) for row in parameters] == ["tiles_window40", "tiles_straight_window40"]
+    assert str(parameters[0][1].ty.shape[2]) == "blocks_window40"
 
 
 def test_a_layer_of_16_bits_has_no_policy():

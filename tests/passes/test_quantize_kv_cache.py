@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
 from itertools import chain
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tvm
 from rotquant_tvm.passes.find_attention import FindAttention
-from rotquant_tvm.passes.quantize_kv_cache import QuantizeKVCache, read_cache_info, with_cache_info
+from rotquant_tvm.passes.quantize_kv_cache import QuantizeKVCache, kept_layers, read_cache_info, with_cache_info
 from tvm import relax
 from tvm.relax import op
 
@@ -171,7 +172,7 @@ def test_what_the_library_says_of_itself():
     assert info["layers"][1]["policy"] == {"sinks": 4, "recent": 0, "center": 0, "defer": 0}
     assert info["layers"][1]["k"] == "hurwitz3" and info["layers"][1]["v"] == "q8_0"
     assert info["layers"][1]["tile_bytes"] == 32 * (64 * 11 // 8 + 2 * 3)
-    assert (info["version"], info["layout_version"], info["vocab_size"]) == (2, 1, VOCAB)
+    assert (info["version"], info["layout_version"], info["vocab_size"]) == (3, 1, VOCAB)
     assert (info["max_position"], info["dtype"]) == (77, "float32")
     assert info["weights"] == [f"weight_{i:04d}" for i in range(11)]
     step = compiled("plain", "quantize")
@@ -280,3 +281,16 @@ def test_an_imported_module_stays_as_it_was():
     QuantizeKVCache(config)(mod)
     tvm.ir.assert_structural_equal(mod, model.module())
     assert parse_pair("hurwitz3")[0] == config.formats.k
+
+
+def test_heads_that_a_format_cannot_take_stay_in_16_bits_if_asked():
+    """The keys of the layer alone; its values, and other layers, are quantized."""
+    model = TinyModel(head_dim=48)
+    config = KVCacheConfig.parse("turbo3/iso3", "1=iso3")
+    with pytest.raises(FormatError, match="turbo3 cannot take head_dim 48"):
+        QuantizeKVCache(config)(model.module())
+    mod = QuantizeKVCache(dataclasses.replace(config, on_unsupported="keep"))(model.module())
+    assert [(layer["k"], layer["v"]) for layer in read_cache_info(mod)["layers"]] == [("f16", "iso3"), ("iso3", "iso3")]
+    for name in ("prefill", "decode"):
+        assert list(kept_layers(mod[name])) == [0] and "head_dim 48" in kept_layers(mod[name])[0]["k"]
+    assert kept_layers(QuantizeKVCache(KVCacheConfig.parse("iso3"))(model.module())["decode"]) == {}

@@ -27,6 +27,7 @@ class TinyModel:
     scale: float = 0.3
     window: int | None = None
     index_dtype: str = "int32"
+    softcap: float | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -58,6 +59,8 @@ class TinyModel:
         weights = [relax.Var(f"w{i}", tensor(shape, "float32")) for i, shape in enumerate(self.shapes)]
         names = {name: name for name in ("ids", "positions", "last")}
         attrs = {"num_input": 3 + len(pasts), "rotquant.inputs": names}
+        if self.softcap:
+            attrs["rotquant.softcaps"] = [self.softcap] * self.layers
         bb = relax.BlockBuilder()
         with bb.function("main", [*inputs, *pasts, *weights], attrs=attrs):
             with bb.dataflow():
@@ -133,7 +136,9 @@ class TinyModel:
         k, v = (np.repeat(x, self.heads // self.kv_heads, axis=0) for x in (k, v))
         distance = start + np.arange(len(q))[:, None] - np.arange(k.shape[1])
         hidden = (distance < 0) | (distance >= (self.window or np.inf))
-        scores = np.where(hidden, -np.inf, np.einsum("shd,hnd->hsn", q, k) * self.scale)
+        scores = np.einsum("shd,hnd->hsn", q, k) * self.scale
+        scores = self.softcap * np.tanh(scores / self.softcap) if self.softcap else scores
+        scores = np.where(hidden, -np.inf, scores)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         return np.einsum("hsn,hnd->shd", weights / weights.sum(-1, keepdims=True), v)
 

@@ -30,7 +30,11 @@ class DecodeGPU(TensorCoreGPU):
         thread, count = extents["threadIdx.x"]
         for place in itertools.product(*(range(size) for _, size in blocks)):
             values = {var: np.full(count, i) for (var, _), i in zip(blocks, place, strict=True)}
-            DecodeBlock(self, count, {**values, thread: np.arange(count)}).run(stmt)
+            self.block(count, {**values, thread: np.arange(count)}).run(stmt)
+
+    def block(self, count, variables):
+        """The block of ``count`` threads."""
+        return DecodeBlock(self, count, variables)
 
 
 class DecodeBlock(TensorCoreBlock):

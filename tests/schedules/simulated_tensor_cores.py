@@ -101,12 +101,12 @@ class TensorCoreBlock(simulated_gpu._Block):
     def call_ptx_ldmatrix(self, args, words, expr) -> None:
         *targets, address = args
         buffer, at = self._address(address)
-        rows = np.stack(self.read(buffer, at, 8), -1)  # [threads, 8] float16: lane 8m + r has row r of matrix m
+        rows = np.stack(self.read(buffer, at, 8), -1)  # [threads, 8] 16-bit words: lane 8m + r has row r of matrix m
         for m, target in enumerate(targets):
             lane = self.lane % WARP
             source = self.lane // WARP * WARP + 8 * m + lane // 4
             pair = np.stack([rows[source, 2 * (lane % 4) + k] for k in range(2)], -1)
-            self._set(target, np.ascontiguousarray(pair.astype(np.float16)).view(np.uint32)[:, 0])
+            self._set(target, np.ascontiguousarray(pair).view(np.uint32)[:, 0])
 
     def call_ptx_mma(self, args, words, expr) -> None:
         assert "m16n8k16" in words

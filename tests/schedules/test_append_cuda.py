@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,15 @@ def test_the_rule_takes_what_has_been_checked(case):
 def test_the_rule_declines_what_has_not(case):
     func = shape_of(case).attach(ops.append(*case.codecs, case.kv_heads, "float16", ops.Axes("cuda")))
     assert append_cuda(func, target_of("sm_90a")) is None
+
+
+def test_an_append_that_waits_for_an_attention():
+    case = Case("hurwitz3", 64, 9, 3)
+    shape = replace(shape_of(case), window=40)
+    for after in (0, 9):
+        func = ops.append(*case.codecs, case.kv_heads, "float16", ops.Axes("cuda"), wraps=True, after=after)
+        kernel = append_cuda(shape.attach(func), target_of("sm_90a"))
+        assert [p.name for p in kernel.params] == [p.name for p in func.params]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

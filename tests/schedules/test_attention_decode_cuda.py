@@ -275,4 +275,6 @@ def test_the_rule_takes_what_it_has_and_declines_the_rest():
             names = [str(p.name) for p in kernel.params if "arrivals" not in str(p.name)]
             assert names == [str(p.name) for p in definition.params]
     assert attention_decode_cuda(ops.attention_decode(*common), target) is None
+    assert build(shape_of(FORMAT_CASES[0]), target) is not None
+    assert build(replace(shape_of(FORMAT_CASES[0]), softcap=30.0), target) is None
     assert set(default_knobs(shape, target)) == set(KNOBS)

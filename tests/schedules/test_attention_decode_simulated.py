@@ -10,11 +10,13 @@ from rotquant_tvm.schedules.attention_decode_cuda import build
 
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
 from rotquant_tvm.formats import TileLayout
+from rotquant_tvm.window_ring import WindowRing
 
 from ..ops.cases import Case
 from ..ops.conftest import Kernels
 from ..ops.reference import attention, coefficients, filled_cache, stored_kv
 from ..ops.segmented import SegmentedCache
+from ..sampling import sampled
 from .cuda_targets import target_of
 from .simulated_decode import DecodeGPU
 from .test_attention_decode_cuda import SCALE, SEGMENTED, check, expected_of, gentle_cache, shape_of
@@ -72,6 +74,47 @@ def test_sliding_windows(rng, window):
     q = rng.standard_normal((4, 1, 4, 64)).astype(np.float32)
     actual = simulate(shape_of(case, window=window), [q, cache, LENGTHS])
     check(actual, expected_of(case, q, cache, LENGTHS, window), 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("case", "window", "arch"),
+    [
+        (Case("hurwitz3", 64, 4, 2), 70, "sm_90a"),
+        pytest.param(Case("f16", 64, 2, 2), 33, "sm_80", marks=pytest.mark.full),
+        pytest.param(Case("q8_0/iso2", 64, 4, 1), 1, "sm_90a", marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_rings_of_tiles(rng, case, window, arch):
+    """Sequences of some and of many turns of a ring, which are not at the same place."""
+    lengths, ring = np.array([0, 40, 171, 1003], np.int32), WindowRing(window)
+    cache = filled_cache(rng, case.codecs, case.kv_heads, ring.tiles, np.full(4, ring.tokens))
+    keys, values = stored_kv(case.codecs, cache)
+    q = rng.standard_normal((4, 1, case.heads, 64)).astype(np.float32)
+    actual = simulate(shape_of(case, window=window), [q, cache, lengths], arch=arch)
+    for b, length in enumerate(lengths):
+        seen = np.arange(max(0, length - window), length) % ring.tokens
+        expected = np.zeros((1, case.heads, 64))
+        if length:
+            expected = attention(q[b], keys[b][:, seen], values[b][:, seen], SCALE, first=len(seen) - 1)
+        check(actual[b], expected, 2e-3)
+
+
+@pytest.mark.parametrize("window", [60, pytest.param(150, marks=pytest.mark.full)])
+@pytest.mark.parametrize("site", sampled(SEGMENTED, SEGMENTED[1:2]), ids=str)
+def test_rings_of_tiles_and_segments(rng, site, window):
+    case, policy = site
+    cache = SegmentedCache(Kernels("llvm"), rng, case, policy, 3, 900, window=window)
+    assert cache.cache.shape[2] < policy.packed_tiles(900)
+    for counts in ([70, 0, 33], [300, 40, 1], [1, 1, 400], [200, 1, 1]):
+        cache.append(cache.draw(max(counts)), counts)
+    q = rng.standard_normal((3, 1, case.heads, case.head_dim)).astype(np.float32)
+    actual = simulate(shape_of(case, window=window, policy=policy), [q, *cache.arrays, cache.lengths])
+    whole = cache.seen()
+    for b, n in enumerate(cache.lengths):
+        oldest = max(0, n - window)
+        k, v = (whole[b, role, :, oldest:n] for role in range(2))
+        check(actual[b], attention(q[b], k, v, SCALE, first=n - oldest - 1), 2e-3)
 
 
 @pytest.mark.parametrize("pair", ["hurwitz3", "f16", "q8_0"])

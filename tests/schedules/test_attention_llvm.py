@@ -45,9 +45,10 @@ class Cache:
         return SiteShape(*names, kv_heads * group, kv_heads, head_dim, SCALE, **options)
 
 
-def attend(q, k, v):
+def attend(q, k, v, softcap=None):
     """One query [d] over keys and values [n, d], in float64."""
     score = k @ q.astype(np.float64) * SCALE
+    score = softcap * np.tanh(score / softcap) if softcap else score
     weight = np.exp(score - score.max())
     return weight / weight.sum() @ v
 
@@ -130,6 +131,29 @@ def test_prefill(pair, head_dim, kv_heads, group, past, new, window, target):
                 values = np.concatenate([cache.v[b, kv, : past[b]], v[b, kv, : row + 1]])[-window if window else 0 :]
                 expected = attend(q[b, row, head], keys, values)
                 assert np.linalg.norm(out[b, row, head] - expected) <= 4e-6 * np.linalg.norm(expected), (b, row, head)
+
+
+@pytest.mark.parametrize(("softcap", "target"), [(0.4, None), (30.0, AVX2)])
+def test_soft_capped_scores(softcap, target):
+    """A cap that nearly all scores exceed, and one that bends the largest a little."""
+    cache = Cache("hurwitz3", 64, 2, 1, 3)
+    q = cache.rng.standard_normal((2, 1, 3, 64)).astype("float32") * 3
+    lengths = np.array([77, 5], "int32")
+    kernel = build(attention_decode_llvm, cache.shape(3, splits=2, softcap=softcap), target)
+    out = run(kernel, q, q, cache.words, lengths)
+    new = np.ones(2, "int32")
+    chunk = [x[:, :, lengths[0] - 1 :][:, :, :1].astype("float32") for x in (cache.k, cache.v)]
+    kernel = build(attention_prefill_llvm, cache.shape(3, chunk=True, softcap=softcap), target)
+    later = run(kernel, q, q, *chunk, cache.words, lengths, new)
+    for b, n in enumerate(lengths):
+        for head in range(3):
+            expected = attend(q[b, 0, head], cache.k[b, 0, :n], cache.v[b, 0, :n], softcap)
+            assert np.linalg.norm(out[b, 0, head] - expected) <= 1e-5 * np.linalg.norm(expected)
+            keys, values = (
+                np.concatenate([x[b, 0, : n - 1], y[b, 0]]) for x, y in zip((cache.k, cache.v), chunk, strict=True)
+            )
+            expected = attend(q[b, 0, head], keys, values, softcap)
+            assert np.linalg.norm(later[b, 0, head] - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 def test_garbage_past_the_end_is_ignored():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -217,6 +219,8 @@ def test_the_rule_declines_what_it_has_no_kernel_for():
     assert attention_prefill_cuda(definition(case), target_of("sm_90a")) is not None
     assert attention_prefill_cuda(definition(case, "float32"), target_of("sm_90a")) is None
     assert attention_prefill_cuda(definition(case), target_of("sm_75")) is None
+    capped = replace(shape_of(case), softcap=30.0).attach(definition(case))
+    assert attention_prefill_cuda(capped, target_of("sm_90a")) is None
 
 
 def test_knobs_on_the_definition_replace_the_rules_choice():

@@ -18,7 +18,7 @@ from ..ops.conftest import Kernels
 from ..ops.reference import attention
 from ..ops.segmented import SegmentedCache
 
-SCALE = 0.07
+SCALE, SOFTCAP = 0.07, 1.5
 AVX2 = {"kind": "llvm", "mcpu": "x86-64-v3"}
 CASES = [
     (Case("hurwitz3", 64, 9, 3), CachePolicy(sinks=4, recent=8, center=64), None),
@@ -66,10 +66,11 @@ def test_decode(case, policy, target, splits, window):
     cache.append(cache.draw(1), np.ones(4), chunk=False)
     q = rng.standard_normal((4, 1, case.heads, case.head_dim)).astype(np.float32)
     arrays = [q, *cache.arrays, cache.lengths]
-    actual = run(attention_decode_llvm, case, policy, target, arrays, q, splits=splits, window=window)
+    options = {"window": window, "softcap": SOFTCAP if window else None}
+    actual = run(attention_decode_llvm, case, policy, target, arrays, q, splits=splits, **options)
     seen = cache.seen()
     expected = [
-        attention(q[b], seen[b, 0, :, :n], seen[b, 1, :, :n], SCALE, first=n - 1, window=window)
+        attention(q[b], seen[b, 0, :, :n], seen[b, 1, :, :n], SCALE, first=n - 1, **options)
         for b, n in enumerate(cache.lengths)
     ]
     check(actual, np.stack(expected))
@@ -84,10 +85,11 @@ def test_prefill(case, policy, target, window):
     new = cache.draw(seq)
     q = rng.standard_normal((4, seq, case.heads, case.head_dim)).astype(np.float32)
     arrays = [q, *new, *cache.arrays, cache.lengths + counts, counts]
-    actual = run(attention_prefill_llvm, case, policy, target, arrays, q, chunk=True, window=window)
+    options = {"window": window, "softcap": SOFTCAP if window else None}
+    actual = run(attention_prefill_llvm, case, policy, target, arrays, q, chunk=True, **options)
     seen, expected = cache.seen(), np.zeros(q.shape)
     for b, (past, count) in enumerate(zip(cache.lengths, counts, strict=True)):
         k, v = (np.concatenate([seen[b, role, :, :past], new[role][b, :, :count]], axis=1) for role in range(2))
         if count:
-            expected[b, :count] = attention(q[b, :count], k, v, SCALE, first=past, window=window)
+            expected[b, :count] = attention(q[b, :count], k, v, SCALE, first=past, **options)
     check(actual, expected)

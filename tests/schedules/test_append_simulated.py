@@ -1,0 +1,66 @@
+"""The append kernel where there is no GPU: on the simulated one, against the formats' own encoding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rotquant_tvm.schedules.append_cuda import append_kernel
+
+from ..ops.cases import Case
+from ..ops.test_append import check_append, random_step
+from ..ops.test_rings import BATCH, RingedCache
+from ..sampling import sampled
+from .cuda_targets import target_of
+from .simulated_append import AppendGPU
+from .test_append_cuda import shape_of
+
+CASES = [Case("f16", 64, 2, 1), Case("hurwitz3", 64, 2, 2)]
+CHUNKS = ([70, 0, 1], [33, 130, 0], [1, 1, 1], [1, 2, 190])
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of the test's own."""
+    return np.random.default_rng(sum(request.node.name.encode()))
+
+
+def simulate(shape, after, cache, *arrays):
+    """The cache after an append on a GPU of few multiprocessors, so that a warp has several tiles."""
+    kernel = append_kernel(shape, target_of("sm_90a"), after=after, warps=4)
+    cache = cache.copy()
+    AppendGPU(kernel)(cache, *(np.ascontiguousarray(array) for array in arrays))
+    return cache
+
+
+@pytest.mark.parametrize("case", sampled(CASES, []), ids=str)
+def test_new_tokens_are_encoded_and_nothing_else_changes(rng, case):
+    before, new = [31, 5, 64, 90], [34, 0, 20, 10]
+    cache, k, v = random_step(rng, case, new, "float16")
+    counts = np.array(new, np.int32)
+    rotations = [codec.coefficients for codec in case.codecs]
+    after = simulate(shape_of(case), 0, cache, k, v, *rotations, np.array(before, np.int32) + counts, counts)
+    check_append(case, cache, after, (k, v), before, new)
+
+
+class SimulatedRing(RingedCache):
+    """A ring that the kernel for GPUs appends to."""
+
+    def append(self, new, counts, after=0):
+        counts, case = np.asarray(counts, np.int32), self.case
+        self.lengths = self.lengths + counts
+        seen = [np.zeros((BATCH, new[0].shape[2], after, case.head_dim), self.dtype)] if after else []
+        rotations = [codec.coefficients for codec in case.codecs]
+        shape = replace(shape_of(case, self.dtype), window=self.ring.window)
+        self.cache = simulate(shape, after, self.cache, *new, *rotations, self.lengths, counts, *seen)
+        self.note(new, counts)
+
+
+@pytest.mark.parametrize("case", sampled(CASES, CASES[:1]), ids=str)
+def test_a_ring_keeps_the_last_tiles(rng, case):
+    cache = SimulatedRing(None, rng, case, 20, "float16")
+    for number, counts in enumerate(CHUNKS):
+        cache.append(cache.draw(max(counts)), counts, after=2 * (number % 2))
+        cache.check()
+    assert cache.lengths.max() > 2 * cache.ring.tokens
