@@ -72,8 +72,10 @@ def test_a_conversation_equals_torch_within_the_dtypes_rounding(case):
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_over_the_models_own_weights_arithmetic_is_float32(case):
+    """Numbers in a model's code, as of an approximate GELU, are in its dtype; where there are none all is float32."""
     from_exact, _, _, furthest = distances(case, folded=False)
-    assert from_exact <= 1e-5 and furthest <= 1e-5
+    limit = STEP[case[1]] / 16 if case[0] == "phi" else 1e-5
+    assert from_exact <= limit and furthest <= limit
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rotquant_tvm.schedules.serial_when_small import serial_when_small
 from rotquant_tvm.schedules.vector_math import vectorizable_math
 from tvm.script import tirx as T
 
@@ -130,3 +132,26 @@ def test_sigmoid_is_between_zero_and_one_and_monotonic(values):
     result = y.numpy()[: len(x)].astype("float64")
     assert ((result >= 0) & (result <= 1)).all()
     assert (np.diff(result) >= -2e-7).all()
+
+
+def test_a_function_of_a_widened_bfloat16():
+    """Twice over, as in the two branches of a small and a large size."""
+
+    @T.prim_func(s_tir=True)
+    def func(px: T.handle, pb: T.handle, py: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        n = T.int64()
+        x = T.match_buffer(px, (n,), "float32")
+        b = T.match_buffer(pb, (n,), "bfloat16")
+        y = T.match_buffer(py, (n,), "float32")
+        for i in range(n // LANES):
+            for lane in T.vectorized(LANES):
+                y[i * LANES + lane] = T.tanh(x[i * LANES + lane] + T.Cast("float32", b[i * LANES + lane]))
+
+    rng = np.random.default_rng(0)
+    x, b = rng.standard_normal((2, 64)).astype("float32")
+    tensors = [tvm.runtime.tensor(a) for a in (x, b.astype(ml_dtypes.bfloat16), np.empty_like(x))]
+    rewritten = serial_when_small(vectorizable_math(func)).with_attr("global_symbol", "main")
+    tvm.compile(tvm.IRModule({"main": rewritten}), "llvm")["main"](*tensors)
+    exact = np.tanh(x.astype(float) + b.astype(ml_dtypes.bfloat16).astype(float))
+    np.testing.assert_allclose(tensors[2].numpy(), exact, rtol=1e-6, atol=1e-6)

@@ -67,11 +67,21 @@ def _write(step, arguments, path: Path, opset: int, sizes: dict, presents: list[
 
 
 @functools.cache
-def export(name: str, opset: int, mask_rank: int, dtype: torch.dtype = torch.float32, has_cache: bool = True) -> Export:
-    """Export an architecture of ``ARCHITECTURES``; the mask is [batch, total] of int64, or additive with 4 axes."""
+def export(
+    name: str,
+    opset: int,
+    mask_rank: int,
+    dtype: torch.dtype = torch.float32,
+    has_cache: bool = True,
+    attention: str = "sdpa",
+) -> Export:
+    """Export an architecture of ``ARCHITECTURES``; the mask is [batch, total] of int64, or additive with 4 axes.
+
+    ``attention``: transformers' implementation; "sdpa" drops soft-capping.
+    """
     architecture = ARCHITECTURES[name]
     model = architecture.model(dtype)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(attention)
     layers = model.config.num_hidden_layers
     past_len = PAST if has_cache else 0
     shape = (BATCH, architecture.kv_heads, past_len, architecture.head_dim)
