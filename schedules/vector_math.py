@@ -164,6 +164,17 @@ def _replace(call: tvm.ir.Call) -> tirx.Expr:
     return function(call.args[0].astype("float32")).astype(dtype)
 
 
+def _widened(cast: tirx.Cast) -> tirx.Expr:
+    """A bfloat16 as float32, by its bits.
+
+    TVM's own legalization of bfloat16 comes later, and mixes up the variables of ``Let`` that have such a cast in them.
+    """
+    if str(cast.ty) != "float32" or str(cast.value.ty) != "bfloat16":
+        return cast
+    bits = tirx.reinterpret("uint16", cast.value).astype("uint32")
+    return tirx.reinterpret("float32", tirx.shift_left(bits, tirx.const(16, "uint32")))
+
+
 def vectorizable_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """Replace these functions throughout a PrimFunc; float16 is computed in float32, other dtypes stay."""
-    return func.with_body(tvm_ffi.structural_map(func.body, (tvm.ir.Call, _replace)))
+    return func.with_body(tvm_ffi.structural_map(func.body, [(tvm.ir.Call, _replace), (tirx.Cast, _widened)]))

@@ -124,15 +124,6 @@ def _slice_scatter(node: fx.Node, importer: Any) -> relax.Var:
     return _put_along(given["self"], axis, places, given["src"], emit)
 
 
-def _index(node: fx.Node, importer: Any) -> relax.Var:
-    given = _arguments(node, importer)
-    used = [(axis, index) for axis, index in enumerate(given["indices"]) if index is not None]
-    if len(used) != 1 or used[0][1].ty.dtype.dtype == "bool":
-        return importer._index_tensor(node)
-    axis, index = used[0]
-    return importer.block_builder.emit(R.take(given["self"], index, axis=axis, mode="wrap"))
-
-
 def _copy(node: fx.Node, importer: Any) -> relax.Expr:
     """``copy`` without a write: the source in the shape and dtype of the target."""
     given, emit = _arguments(node, importer), importer.block_builder.emit
@@ -218,7 +209,6 @@ PROGRAM_CONVERTERS: dict[str, Converter] = CONVERTERS | {
     "index_put.default": _index_put,
     "_unsafe_index_put.default": _index_put,
     "slice_scatter.default": _slice_scatter,
-    "index.Tensor": _index,
     "copy.default": _copy,
     "rms_norm.default": _rms_norm,
     "repeat_interleave.self_int": _repeat_interleave,
