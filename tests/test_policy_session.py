@@ -19,6 +19,8 @@ import rotquant_tvm
 from rotquant_tvm.errors import ArtifactError, KVCacheFull
 from rotquant_tvm.runtime import KVCacheInfo
 
+from .sampling import sampled
+
 SIZES = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 32}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -225,7 +227,7 @@ def test_reordering_moves_everything():
     assert session.kv_bytes() == session.info.cache_bytes(4, CAPACITY)
 
 
-@pytest.mark.parametrize("kv_cache", [POLICY, DEFERRED])
+@pytest.mark.parametrize("kv_cache", sampled([POLICY, DEFERRED], [POLICY]))
 @pytest.mark.parametrize(("batch", "capacity"), [(1, 1), (3, 36), (2, 37), (1, 69), (2, CAPACITY), (1, 1024)])
 def test_bytes_are_those_of_the_live_arrays(kv_cache, batch, capacity):
     session = library(kv_cache).session(batch, capacity)
@@ -243,6 +245,7 @@ def test_the_bytes_of_a_policy_by_hand():
     assert library().session(batch=5).kv_bytes() == 5 * one
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("chunk", [512, 40, 7])
 def test_deferred_keys_are_not_quantized_during_prefill(chunk):
     """Up to the slots of the ring every prefill, in whichever chunks, is one over an f16 cache; decode drains it."""
@@ -259,6 +262,7 @@ def test_deferred_keys_are_not_quantized_during_prefill(chunk):
     check_counts(session, [120, 120], [96, 96])
 
 
+@pytest.mark.full
 def test_a_deferred_prefill_that_does_not_fit_moves_out_the_surplus():
     ids = tokens(12, 150)
     session = library(DEFERRED).session()

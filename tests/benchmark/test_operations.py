@@ -119,7 +119,7 @@ def test_append_catches_a_kernel_that_does_nothing(small, broken, shape):
     assert row.error > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_prefill_rows(small):
     pytest.importorskip("torch")
     report = prefill.run(small("prefill", kv_caches=("iso3", "rq3"), shapes=shapes("2x100")))

@@ -74,7 +74,7 @@ def test_passes_are_timed(compiled):
     assert all(entry["seconds"] <= total for entry in times.values())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
     ended = tvmc(
         "compile",
@@ -95,7 +95,7 @@ def test_tables_printing_and_a_disabled_pass(model, tmp_path, tvmc):
     assert manifest.report["default_capacity"] == manifest.default_capacity == 256
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_policy_from_flags_reaches_the_report_and_the_library(model, tmp_path, tvmc):
     artifact = tmp_path / "a.rq"
     options = ["--kv-sinks", 3, "--no-kv-center", "--kv-defer", 32, "--kv-layers", "0=f16"]
@@ -108,7 +108,7 @@ def test_a_policy_from_flags_reaches_the_report_and_the_library(model, tmp_path,
     assert tvmc("run", artifact, "--prompt", "a" * 90, "--max-tokens", 4).status == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_fixed_batch_reaches_the_artifact_and_the_run(model, tmp_path, tvmc):
     artifact = tmp_path / "a.rq"
     options = ["--kv-cache", "f16", "--input-shapes", "ids:[3,-1]"]

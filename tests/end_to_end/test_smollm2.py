@@ -96,6 +96,7 @@ def test_quantized_cache_matches_fake_quantization(torch_model, ids, kv_cache, r
     assert session.kv_bytes() == model.report["bytes_per_token"] * 256
 
 
+@pytest.mark.full
 def test_ragged_prefill_equals_single_sequences(ids):
     library = compiled("rq3").library()
     rows = [ids[:118].tolist(), ids[100:133].tolist(), ids[200:201].tolist()]

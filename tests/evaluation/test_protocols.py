@@ -81,6 +81,7 @@ def ordinary():
     return _library(TINY.TinyModel(), quantize_chunk=False)
 
 
+@pytest.mark.full
 def test_every_token_is_quantized_before_it_is_read(every_logit, ids, expected):
     (part,) = EveryToken().predictions(every_logit, ids)
     assert part.first == 1 and part.logits.shape == (2, CONTEXT - 1, TINY.VOCAB) and part.seconds > 0

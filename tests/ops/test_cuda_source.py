@@ -142,9 +142,13 @@ def shared_bytes(source: str) -> dict[str, int]:
     return found
 
 
+LONG = {"rings", "policy", "append", "dequantize_cache"}
+"""Operators whose many kernels take nvcc long."""
+
+
 @needs_nvcc
 @pytest.mark.parametrize("arch", sampled(["sm_80", "sm_90a"], ["sm_90a"]))
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", sampled(OPERATORS, OPERATORS.keys() - LONG))
 def test_kernels_compile(operator, arch):
     target = cuda_target(arch)
     functions = list(OPERATORS[operator]())

@@ -19,6 +19,7 @@ from .cached_step import check_case, operators, stages
 from .tiny_model import TinyModel
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["policy"])
 def test_numbers_stay(case):
     check_case(case, "lower", "fuse")

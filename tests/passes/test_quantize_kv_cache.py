@@ -19,6 +19,7 @@ from rotquant_tvm.errors import FormatError, ModelError, UsageError
 from rotquant_tvm.formats import parse_pair
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 
+from ..sampling import sampled
 from .cached_step import CASES, CachedStep, check_numbers, compiled, expected_logits, operators, stages, stored
 from .test_find_attention import NEAR_MISSES
 from .tiny_model import POSITIONS, VOCAB, TinyModel
@@ -45,7 +46,7 @@ def _more(name: str) -> CachedStep:
     return CachedStep(model, stages(model, KVCacheConfig.parse(*formats))["quantize"])
 
 
-@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("name", sampled(ALL_CASES, ["plain", "policy"]))
 def test_numbers_are_those_of_the_format(name):
     """Ragged prefill in chunks and decode, over the cache's own keys and values."""
     model, config, step = case(name)

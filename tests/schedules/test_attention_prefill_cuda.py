@@ -184,6 +184,7 @@ def test_large_scores_do_not_overflow(gpu, rng):
     check_output(actual[0], attention(q[0], k[0], v[0], SCALE))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "case",

@@ -10,6 +10,7 @@ from rotquant_tvm.schedules.roundtrip_cuda import KNOBS, build
 from rotquant_tvm.ops import roundtrip
 from rotquant_tvm.ops.codec_shape import CodecShape
 
+from ..sampling import sampled
 from .simulated_gpu import cuda_target
 from .vector_cases import AXES, CASES, PLAIN, codec_of, compile_cubin, encode, kernel, run, target_of, vectors, with_gpu
 
@@ -55,7 +56,7 @@ def test_vectors_that_are_not_numbers_stay_alone(text, head_dim, dtype, where):
         np.testing.assert_array_equal(y.reshape(8, -1)[row], clean[row])
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", sampled(["sm_80", "sm_90a"], ["sm_90a"]))
 def test_kernels_compile(arch):
     cases = [*CASES, *TABLES, *PLAIN]
     compile_cubin([kernel("roundtrip", codec_of(t, d), dtype, k, cuda_target(arch)) for t, d, dtype, k in cases], arch)

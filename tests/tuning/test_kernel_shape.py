@@ -71,7 +71,6 @@ def test_nearer_in_heads_bits_and_segments(shape_of):
         {"kv_cache": "hurwitz3+tcq"},
         {"kv_cache": "f16"},
         {"head_dim": 128},
-        {"dtype": "float16"},
         {"operator": "attention_prefill"},
     ],
 )

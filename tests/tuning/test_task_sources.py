@@ -30,7 +30,12 @@ def test_a_bare_attention_has_the_operators_of_a_models(llvm):
     for kv_cache in ("hurwitz3", "rq3", "iso3/f16"):
         config = KVCacheConfig.parse(kv_cache)
         found = [
-            {str(shape) for func in pass_definitions(mod, config, llvm) if (shape := KernelShape.of(func))}
+            {
+                str(shape)
+                for func in pass_definitions(mod, config, llvm)
+                # Rotations before an append are folded into the weights of the one and have none in the other.
+                if (shape := KernelShape.of(func)) and shape.operator not in ("append", "rotate")
+            }
             for mod in (tiny.module(), bare)
         ]
         assert found[0] == found[1]
