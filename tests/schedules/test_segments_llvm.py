@@ -59,7 +59,7 @@ def check(actual, expected):
     assert (error <= 5e-6 * np.linalg.norm(expected, axis=-1) + 1e-9).all(), error.max()
 
 
-@pytest.mark.parametrize(("splits", "window"), sampled([(1, None), (5, 50)], [(5, 50)]))
+@pytest.mark.parametrize(("splits", "window"), [(5, 50), pytest.param(1, None, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("case", "policy", "target"), CASES, ids=str)
 def test_decode(case, policy, target, splits, window):
     rng = np.random.default_rng(5)
