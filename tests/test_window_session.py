@@ -114,6 +114,7 @@ class Rows:
             assert error < 2e-3, (row, self.session.lengths[row], error)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", MODELS)
 def test_logits_are_torchs(kind):
     """Two chunks across the window, one longer than a ring, steps across turns of it, ragged all the way."""

@@ -99,6 +99,7 @@ def test_head_dims_that_a_format_cannot_take_are_rows_of_their_own(small):
     assert right.seconds is not None and refused.seconds is None and refused.refused and "40" in refused.note
 
 
+@pytest.mark.full
 def test_append_rows(small):
     settings = small("append", kv_caches=("f16", "hurwitz3", "rq3"), shapes=shapes("1x1", "2x70"))
     report = append.run(settings)
@@ -131,6 +132,7 @@ def test_prefill_rows(small):
         assert (row.error is None) == row.subject.endswith("append")
 
 
+@pytest.mark.full
 def test_prefill_catches_a_kernel_that_does_nothing(small, broken):
     broken("attention")
     report = prefill.run(small("prefill", kv_caches=("iso3",), shapes=shapes("1x40")))

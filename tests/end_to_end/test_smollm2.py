@@ -110,6 +110,7 @@ def test_ragged_prefill_equals_single_sequences(ids):
             np.testing.assert_allclose(second[index], alone.prefill([[[5, 6, 7], [], [8]][index]])[0], atol=2e-3)
 
 
+@pytest.mark.full
 def test_generates_text(ids):
     session = compiled("rq3").session(capacity=512)
     answer = session.generate("What is the capital of France?", chat=True, max_tokens=24)

@@ -36,7 +36,7 @@ def random_model(kind: str, overrides: dict, rotary: float) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("case", sampled(CASES, ["gpt-neox"]))
+@pytest.mark.parametrize("case", sampled(CASES, []))
 def test_logits_are_those_of_torch(case):
     model = random_model(*CASES[case])
     session = rotquant_tvm.compile(model, "f16").session(batch=2, capacity=32)

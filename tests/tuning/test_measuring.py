@@ -120,6 +120,7 @@ def test_a_rule_without_a_kernel_is_an_error(task, tmp_path, monkeypatch):
         build_candidate(scheduled(task, splits=2), task.target, str(tmp_path), False)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_process_that_fails_is_replaced(task, llvm, tmp_path):
     process = MeasuringProcess(llvm, tmp_path, TIMING, timeout=60)
