@@ -17,7 +17,7 @@ import tvm
 from tvm import relax
 
 from rotquant_tvm.errors import ModelError
-from rotquant_tvm.frontend.canonical_form import SOFTCAPS_ATTR
+from rotquant_tvm.frontend.step_graph import SOFTCAPS
 
 ATTENTION_OPS = ("relax.nn.attention", "relax.nn.attention_bias")
 # What is followed from attention back to the cache; only the swap of heads and sequence can be rewritten.
@@ -113,10 +113,10 @@ def find_attention(func: relax.Function) -> list[AttentionSite]:
 
 def _softcaps(func: relax.Function, count: int) -> list[float]:
     """The attribute ``rotquant.softcaps``, or zeros."""
-    given = func.attrs.get(SOFTCAPS_ATTR) if func.attrs is not None else None
+    given = func.attrs.get(SOFTCAPS) if func.attrs is not None else None
     caps = [0.0] * count if given is None else [float(cap) for cap in given]
     if len(caps) != count or any(not (0 <= cap < math.inf) for cap in caps):
-        raise ModelError(f"{SOFTCAPS_ATTR} {caps} does not fit the model's {count} attentions; import it again")
+        raise ModelError(f"{SOFTCAPS} {caps} does not fit the model's {count} attentions; import it again")
     return caps
 
 

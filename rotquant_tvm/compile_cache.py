@@ -24,6 +24,7 @@ from typing import TypeAlias
 from .artifact_folder import check_output
 from .errors import ArtifactError, ModelError, UsageError
 from .frontend import ImportedModel, import_model
+from .frontend.source_files import source_files
 from .input_shapes import fixed_batch
 from .kv_cache_config import KVCacheConfig
 from .linker import linker_command
@@ -158,16 +159,16 @@ def _remove(path: Path) -> None:
 
 
 def model_digest(model: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 (hex) of a model file, or of the names and contents of a directory's files.
+    """Return the SHA-256 (hex) of a model file, or of the names and contents of all the files that make a model.
 
-    Raises ModelError if it cannot be read.
+    Raises ModelError if one cannot be read.
     """
     path = Path(model)
     try:
-        if path.is_dir():
-            files = sorted(entry for entry in path.iterdir() if entry.is_file())
-            return _digest([(file.name, _file_digest(file)) for file in files])
-        return _file_digest(path)
+        files = source_files(path)
+        if files == [path]:
+            return _file_digest(path)
+        return _digest([(file.name, _file_digest(file)) for file in files])
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
 

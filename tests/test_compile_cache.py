@@ -141,6 +141,27 @@ def test_the_digest_of_a_directory_is_over_names_and_contents(tmp_path):
         model_digest(tmp_path / "missing")
 
 
+def test_the_digest_of_an_onnx_model_is_over_its_data_and_tokenizer_too(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    weight = onnx.numpy_helper.from_array(np.arange(4096, dtype=np.float32), "w")
+    node = onnx.helper.make_node("Identity", ["w"], ["y"])
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4096])
+    graph = onnx.helper.make_graph([node], "g", [], [output], [weight])
+    file = tmp_path / "model.onnx"
+    model = onnx.helper.make_model(graph)
+    onnx.save_model(model, file, save_as_external_data=True, location="model.data", size_threshold=0)
+    seen = [model_digest(file)]
+    content = bytearray((tmp_path / "model.data").read_bytes())
+    content[9] ^= 1
+    (tmp_path / "model.data").write_bytes(content)
+    seen.append(model_digest(file))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    seen.append(model_digest(file))
+    assert len(set(seen)) == 3
+    (tmp_path / "unrelated.bin").write_bytes(b"1")
+    assert model_digest(file) == seen[-1]
+
+
 def _flip(path):
     content = bytearray((path / "model.so").read_bytes())
     content[0] ^= 1

@@ -11,7 +11,8 @@ from tvm import relax
 
 from rotquant_tvm.errors import ModelError
 from rotquant_tvm.frontend.attention_interface import AttentionCall
-from rotquant_tvm.frontend.canonical_form import INPUTS, SOFTCAPS_ATTR, check_canonical
+from rotquant_tvm.frontend.canonical_form import INPUTS, check_canonical
+from rotquant_tvm.frontend.step_graph import SOFTCAPS
 from rotquant_tvm.frontend.torch_converters import CONVERTERS, softcaps
 from rotquant_tvm.frontend.torch_importer import decomposed_if_needed, to_relax
 
@@ -30,7 +31,7 @@ def to_canonical(program: ExportedProgram, calls: list[AttentionCall], model_typ
     mod = to_relax(program, CONVERTERS, model_type)
     function, names = _finish(mod["main"], 3 + 2 * len(calls), model_type)
     if any(caps := softcaps(program.graph)):
-        function = function.with_attr(SOFTCAPS_ATTR, caps)
+        function = function.with_attr(SOFTCAPS, caps)
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
     weights = [program.state_dict[targets[name]] for name in names]
     mod.update_func(mod.get_global_var("main"), function)

@@ -11,9 +11,6 @@ INPUTS = {"ids": "ids", "positions": "positions", "last": "last"}
 """Value of the function attribute ``rotquant.inputs``: the parameter behind each role."""
 
 
-SOFTCAPS_ATTR = "rotquant.softcaps"
-"""Function attribute: a float for each attention in the order of the bindings, which bounds its scaled scores s at
-±cap by cap · tanh(s / cap); 0 for one without. A function without the attribute caps none."""
 
 
 def check_canonical(mod: tvm.IRModule, layers: int) -> None:

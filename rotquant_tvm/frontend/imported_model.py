@@ -35,7 +35,7 @@ class ImportedModel:
     with ``every_logit``, logits [batch, seq, vocab] without reading ``last``; each
     present is concat(past, new) along axis 2. Attention is one ``R.nn.attention`` per layer (BSHD,
     ``causal_mask`` "BottomRight"; a ``window_size`` of w lets a token see itself and the w - 1 before it).
-    Soft-capped scores stand in the function's attribute ``rotquant.softcaps`` (``canonical_form.SOFTCAPS_ATTR``).
+    Soft-capped scores stand in the function's attribute ``rotquant.softcaps`` (``step_graph.SOFTCAPS``).
 
     Attributes: ``weights`` in parameter order (views of the source's memory where possible; None for a model of
     shapes alone), ``weight_names``

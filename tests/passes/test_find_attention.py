@@ -11,7 +11,7 @@ from tvm import relax
 from tvm.relax import op
 
 from rotquant_tvm.errors import ModelError
-from rotquant_tvm.frontend.canonical_form import SOFTCAPS_ATTR
+from rotquant_tvm.frontend.step_graph import SOFTCAPS
 
 from .tiny_model import HIDDEN, TinyModel
 
@@ -53,10 +53,10 @@ def test_softcaps_come_from_the_functions_attribute():
     assert [s.softcap for s in sites(TinyModel())] == [None, None]
     assert [s.softcap for s in sites(TinyModel(softcap=30.0))] == [30.0, 30.0]
     func = TinyModel().module()["main"]
-    assert [s.softcap for s in find_attention(func.with_attr(SOFTCAPS_ATTR, [0.0, 1.5]))] == [None, 1.5]
+    assert [s.softcap for s in find_attention(func.with_attr(SOFTCAPS, [0.0, 1.5]))] == [None, 1.5]
     for wrong in ([1.0], [1.0, -1.0], [1.0, float("inf")], [0.0, float("nan")]):
         with pytest.raises(ModelError, match="does not fit the model's 2 attentions"):
-            find_attention(func.with_attr(SOFTCAPS_ATTR, wrong))
+            find_attention(func.with_attr(SOFTCAPS, wrong))
 
 
 class AnotherReader(TinyModel):

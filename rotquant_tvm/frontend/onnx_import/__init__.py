@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rotquant_tvm.frontend.imported_model import ImportedModel
     from rotquant_tvm.frontend.step_graph import StepGraph
 
-__all__ = ["import_onnx", "read_onnx"]
+__all__ = ["import_onnx", "onnx_data_files", "read_onnx"]
 
 
 def read_onnx(path: Path) -> StepGraph:
@@ -21,16 +21,28 @@ def read_onnx(path: Path) -> StepGraph:
     Weights in the file's data files are mapped, not read. Raises ModelError if the file is damaged, if it has
     nodes that cannot be converted (all of them are named), or if the package onnx is missing.
     """
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise ModelError(f"reading {path} needs the package onnx: pip install 'rotquant-tvm[onnx]'") from error
+    _require_onnx(path)
     from rotquant_tvm.frontend.onnx_import.importer import import_file
     from rotquant_tvm.frontend.onnx_import.model_file import read_file
 
     if not path.is_file():
         raise ModelError(f"{path} does not exist; give an .onnx file")
     return import_file(read_file(path))
+
+
+def onnx_data_files(path: Path) -> list[Path]:
+    """The files of weights beside an ONNX file; raises ModelError as ``read_onnx``, and for one outside its folder."""
+    _require_onnx(path)
+    from rotquant_tvm.frontend.onnx_import.model_file import data_files
+
+    return data_files(path)
+
+
+def _require_onnx(path: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"reading {path} needs the package onnx: pip install 'rotquant-tvm[onnx]'") from error
 
 
 def import_onnx(path: Path, *, dtype: str = "float32", every_logit: bool = False) -> ImportedModel:

@@ -40,7 +40,7 @@ class ExternalData:
             )
         if not wanted:
             return np.zeros(shape, dtype)
-        path = self._path(tensor.name, entries.get("location", ""))
+        path = self.path(tensor.name, entries.get("location", ""))
         data = self._mapped(tensor.name, path)
         if offset + length > data.size:
             raise ModelError(
@@ -52,8 +52,8 @@ class ExternalData:
             piece = piece.copy()
         return piece.view(dtype).reshape(shape)
 
-    def _path(self, name: str, location: str) -> Path:
-        """The file of a location, if it lies in the model's folder, links followed."""
+    def path(self, name: str, location: str) -> Path:
+        """The file of a tensor's location; raises ModelError unless it lies in the model's folder, links followed."""
         relative = PurePosixPath(location)
         outside = (
             not location

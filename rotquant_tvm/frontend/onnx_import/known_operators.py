@@ -70,10 +70,14 @@ def _each(function: Callable[[Any, Any], Any], a: KnownValue, b: KnownValue) -> 
     return object_array([function(x, y) for x, y in pairs]).reshape(left.shape)
 
 
+def _sizes(value: Any) -> list[Any] | None:
+    """The sizes of an operand that is known, or whose shape is."""
+    return list(value.array.shape) if isinstance(value, KnownValue) else shape_of(value)
+
+
 @folds("Shape")
 def _shape(node: OnnxNode, values: list[Any]) -> KnownValue | None:
-    value = values[0]
-    sizes = list(value.array.shape) if isinstance(value, KnownValue) else shape_of(value)
+    sizes = _sizes(values[0])
     if sizes is None:
         return None
     start, end = node.attribute("start", 0), node.attribute("end", len(sizes))
@@ -82,8 +86,7 @@ def _shape(node: OnnxNode, values: list[Any]) -> KnownValue | None:
 
 @folds("Size")
 def _size(node: OnnxNode, values: list[Any]) -> KnownValue | None:
-    value = values[0]
-    sizes = list(value.array.shape) if isinstance(value, KnownValue) else shape_of(value)
+    sizes = _sizes(values[0])
     if sizes is None:
         return None
     product: Any = 1

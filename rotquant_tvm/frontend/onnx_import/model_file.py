@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +90,33 @@ def read_file(path: Path) -> OnnxFile:
             f"{source} imports version {version} of ONNX's operators; the installed package onnx knows 1 to {newest}"
         )
     return OnnxFile(source, path, model, opsets, ExternalData(path))
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files that an ONNX file's tensors name, there or not. Raises ModelError for one outside its folder."""
+    model, external = _parse(path), ExternalData(path)
+    nodes = [node for function in model.functions for node in function.node]
+    stored = [tensor for tensor in [*_tensors(model.graph), *_constants(nodes)] if tensor.external_data]
+    locations = {
+        (tensor.name, entry.value) for tensor in stored for entry in tensor.external_data if entry.key == "location"
+    }
+    return sorted({external.path(name, location) for name, location in locations})
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a graph and of the graphs in its nodes' attributes."""
+    yield from graph.initializer
+    yield from _constants(graph.node)
+
+
+def _constants(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+        for inner in inner_graphs(node):
+            yield from _tensors(inner)
 
 
 def _parse(path: Path) -> onnx.ModelProto:
