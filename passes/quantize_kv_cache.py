@@ -25,6 +25,7 @@ from .kv_kernels import KernelLibrary
 from .layer_cache import LayerCache
 from .simulate_kv_cache import Simulation
 from .site_attention import SiteAttention, StepLengths
+from .spell_out_attention import SpellOutAttention
 
 INFO_VERSION = 3
 KEPT_ATTR = "rotquant.kept"
@@ -50,7 +51,8 @@ def cache_info(func: relax.Function, layers: list[LayerCache], names: list[str])
 class QuantizeKVCache:
     """Give the function "main" a packed KV cache, or, with ``simulate``, quantize and dequantize its K and V in place.
 
-    ``simulate`` works on models without a cache too and keeps the signature; it is for judging quality. Raises
+    ``simulate`` works on models without a cache too, keeps the signature and spells attention out, soft-capping and
+    windows included, so that TVM can compile the result; it is for judging quality. Raises
     ``ModelError`` naming the first site that cannot be rewritten, and ``FormatError`` for a head dimension that a
     format cannot take.
     """
@@ -66,7 +68,7 @@ class QuantizeKVCache:
             raise ModelError("the model has no attention, so there is no KV cache to quantize")
         config, kept = self.config.fitted([site.head_dim for site in sites])
         if self.simulate:
-            return Simulation(mod, sites, config).module()
+            return SpellOutAttention()(Simulation(mod, sites, config).module())
         layers = [LayerCache.of(site, len(sites), config) for site in sites]
         for site in sites:
             if site.reason:

@@ -6,12 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["CompiledModel", "KVCacheConfig", "KVFormat", "compile", "from_torch", "import_model", "load"]
+__all__ = [
+    "CompiledModel",
+    "KVCacheConfig",
+    "KVFormat",
+    "RotQuantCache",
+    "compile",
+    "from_torch",
+    "import_model",
+    "load",
+]
 
 if TYPE_CHECKING:
     from .compiler import CompiledModel, compile
     from .formats import KVFormat
     from .frontend import from_torch, import_model
+    from .integrations.transformers_cache import RotQuantCache
     from .kv_cache_config import KVCacheConfig
     from .runtime import load
 
@@ -21,6 +31,7 @@ _HOMES = {
     "compile": "compiler",
     "KVFormat": "formats",
     "KVCacheConfig": "kv_cache_config",
+    "RotQuantCache": "integrations.transformers_cache",
     "from_torch": "frontend",
     "import_model": "frontend",
     "load": "runtime",

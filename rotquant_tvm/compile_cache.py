@@ -93,16 +93,38 @@ class CompileCache:
         DeviceError if there is no compiler to link the library with.
         """
         from .compiler import compile
-        from .runtime import read_artifact
         from .target import resolve_target
 
         config = KVCacheConfig.of(kv_cache, kv_layers)
         batch = fixed_batch(input_shapes)
         resolved = resolve_target(target)
         progress("look into the compile cache")
+
+        def make() -> Callable[[Path], None]:
+            imported = self._import(model, dtype, every_logit, progress)
+            compiled = compile(
+                imported, config, resolved, input_shapes=input_shapes, capacity=capacity, progress=progress
+            )
+            progress("write")
+
+            def save(path: Path) -> None:
+                compiled.save(path)
+                share_weights(path, sorted(entry for entry in self.folder.iterdir() if _ENTRY.fullmatch(entry.name)))
+
+            return save
+
         options = (batch, capacity, dtype, every_logit)
-        key = (model_digest(model), _config_text(config), str(resolved), *options, _environment())
-        path = self.folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        return self.entry((model_digest(model), _config_text(config), str(resolved), *options), make)
+
+    def entry(self, key: Sequence[object], make: Callable[[], Callable[[Path], object]]) -> CachedArtifact:
+        """Return the artifact under ``key`` (plain data) and under the versions and sources of this environment.
+
+        If it is not there or damaged, ``make`` compiles and returns what saves the artifact at a path. Raises what
+        these raise, UsageError if the folder cannot be written, and DeviceError if there is no compiler to link with.
+        """
+        from .runtime import read_artifact
+
+        path = self.folder / hashlib.sha256(json.dumps((*key, _environment())).encode()).hexdigest()
         try:
             read_artifact(path)
             os.utime(path)
@@ -110,14 +132,9 @@ class CompileCache:
         except (ArtifactError, OSError):  # not there, damaged, or just being removed
             self._check_writable(path)
         linker_command()
-        imported = self._import(model, dtype, every_logit, progress)
-        compiled = compile(
-            imported, config, resolved, input_shapes=input_shapes, capacity=capacity, progress=progress
-        )
-        progress("write")
+        save = make()
         _remove(path)  # if damaged: what is left of it may no longer look like an artifact
-        compiled.save(path)
-        share_weights(path, sorted(entry for entry in self.folder.iterdir() if _ENTRY.fullmatch(entry.name)))
+        save(path)
         self._prune(path)
         return CachedArtifact(path, found=False)
 

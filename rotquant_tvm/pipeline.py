@@ -53,10 +53,12 @@ def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.tran
     else:
         from .passes.fuse_decode_rotation import FuseDecodeRotation
         from .passes.fuse_rms_norm import FuseRMSNorm
+        from .passes.fuse_rotary import FuseRotary
         from .passes.join_linear_weights import JoinLinearWeights
         from .passes.view_reshapes import ViewReshapes
 
-        passes += [FuseDecodeRotation(target), JoinLinearWeights(target), FuseRMSNorm(target), ViewReshapes()]
+        passes += [FuseDecodeRotation(target), JoinLinearWeights(target), FuseRMSNorm(target)]
+        passes += [FuseRotary(target), ViewReshapes()]
     return passes
 
 

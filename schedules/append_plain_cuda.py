@@ -13,7 +13,6 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.cache_policy import CachePolicy
-from rotquant_tvm.formats import TileLayout
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .cuda_ops import WARP, Registers, float_of, half2, i32, load_words, pack_half2, scalar, store_words
@@ -29,17 +28,22 @@ KNOBS: dict[str, tuple[int, ...]] = {"warps": (1, 2, 4, 8)}
 def append_plain_cuda(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
     """The rule: the kernel for a definition that carries its ``SiteShape``."""
     shape = SiteShape.of(func)
-    return None if shape is None else append_plain_kernel(shape, target, **chosen_knobs(func))
+    if shape is None:
+        return None
+    words = int(func.params[6].ty.shape[3])
+    return append_plain_kernel(shape, target, words, **chosen_knobs(func))
 
 
 def append_plain_kernel(
-    shape: SiteShape, target: tvm.target.Target, *, warps: int = 4
+    shape: SiteShape, target: tvm.target.Target, words: int, *, warps: int = 4
 ) -> tvm.tirx.PrimFunc | None:
-    """Build the kernel; parameters and results are those of ``ops.append_plain``. For knobs see ``KNOBS``."""
+    """Build the kernel; parameters and results are those of ``ops.append_plain``. For knobs see ``KNOBS``.
+
+    ``words``: those of a tile of the cache, whatever its formats (``shape`` speaks of 16-bit rows alone).
+    """
     if compute_capability(target) < 80 or shape.dtype not in ("float16", "bfloat16", "float32"):
         return None
-    codecs, policy = shape.codecs(), shape.cache_policy
-    words = TileLayout(codecs[0].format, codecs[1].format, shape.head_dim).tile_bytes // 4
+    policy = shape.cache_policy
     kv_heads, head_dim = shape.kv_heads, shape.head_dim
     batch, seq, tiles = (tir.Var(name, "int64") for name in ("batch", "seq", "tiles"))
     with IRBuilder() as builder, T.prim_func(s_tir=False):

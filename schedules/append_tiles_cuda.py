@@ -14,12 +14,15 @@ from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.formats import TOKENS, Codec, TileLayout
 
-from .cuda_ops import WARP, Registers, block_sync, i32, scalar, shared_array, warp_sync
+from .block_codes_cuda import has_block_codes, matrix_scale
+from .cuda_ops import WARP, Registers, i32, scalar, shared_array, warp_sync
 from .tile_encoder_cuda import TileEncoder
 from .tile_rotation_cuda import TileRotation
 from .tile_rows_cuda import ROWS, HalfTileRows, commit_copies, wait_for_copies
 
 Expr = Any
+SPAN = 64
+"""Two numbers of tokens share a register: one of them so many times."""
 
 
 class TileAppend:
@@ -42,7 +45,10 @@ class TileAppend:
         shared memory that a block may have. ``wraps``: the cache is a ring of tiles.
         """
         self.layout, self.codecs, self.dtype, self.wraps = layout, codecs, dtype, wraps
-        self.rotations = [TileRotation(codec, dtype, role) for role, codec in zip("kv", codecs, strict=True)]
+        self.early = [has_block_codes(codec, dtype) for codec in codecs]
+        scales = [matrix_scale(dtype) if first else 1.0 for first in self.early]
+        parts = zip(codecs, "kv", scales, strict=True)
+        self.rotations = [TileRotation(codec, dtype, role, scale) for codec, role, scale in parts]
         self.each = max(1, blocks // 2)
         self.half = HalfTileRows.halves(layout.head_dim, dtype)
         self.matrix = 2 * max(rotation.words for rotation in self.rotations)
@@ -72,27 +78,20 @@ class TileAppend:
                     for role, frame in enumerate((T.Then, T.Else)):
                         with frame():
                             tiles = _Tiles(self, role, cache, source[role], lengths, i32(touched), shared, thread)
+                            rotation = self.rotations[role]
+                            if not rotation.identity:
+                                rotation.fetch(coefficients[role], thread, threads)
                             tiles.start(first, step, i32(units))
-                            self._prepare(role, shared, coefficients[role], thread, threads)
+                            if not rotation.identity:
+                                rotation.prepare(shared, thread, threads)
                             tiles.run()
 
-    def _prepare(self, role: int, shared: Any, coefficients: Any, thread: Expr, threads: int) -> None:
-        rotation = self.rotations[role]
-        if rotation.identity:
-            return
-        rotation.clear(shared, thread, threads)
-        block_sync()
-        rotation.prepare(shared, coefficients, thread, threads)
-        block_sync()
 
+class _Cells:
+    """Named int32 values that change."""
 
-class _Unit:
-    """The tile that a warp works on: where it is, its new tokens ``low`` … ``high`` - 1, and the row of token 0."""
-
-    NAMES = ("b", "head", "tile", "low", "high", "row")
-
-    def __init__(self) -> None:
-        self.cells = {name: Registers(1, "int32") for name in self.NAMES}
+    def __init__(self, *names: str) -> None:
+        self.cells = {name: Registers(1, "int32") for name in names}
 
     def __getattr__(self, name: str) -> Expr:
         return self.cells[name][0]
@@ -101,15 +100,6 @@ class _Unit:
         """Assign some of the names."""
         for name, value in values.items():
             self.cells[name][0] = value
-
-    def assign(self, other: _Unit) -> None:
-        """Become another unit."""
-        self.set(**{name: other.cells[name][0] for name in self.NAMES})
-
-    @property
-    def at(self) -> tuple[Expr, Expr, Expr]:
-        """Where the tile is in a cache."""
-        return tuple(self.cells[name][0].astype("int64") for name in ("b", "head", "tile"))
 
 
 class _Tiles:
@@ -126,52 +116,63 @@ class _Tiles:
         shared: Any,
         thread: Expr,
     ) -> None:
-        self.cache, self.x, self.lengths, self.touched = cache, x, lengths, scalar(touched)
+        self.cache, self.x, self.lengths, self.touched = cache, x, lengths, touched
         self.tiles = scalar(i32(cache.shape[2])) if plan.wraps else None
         self.kv_heads = i32(x.shape[1])
         self.lane = scalar(thread % WARP)
-        self.encoder = TileEncoder(cache, plan.layout, plan.codecs[role], plan.rotations[role], self.lane)
+        codec, rotation, early = (part[role] for part in (plan.codecs, plan.rotations, plan.early))
+        self.encoder = TileEncoder(cache, plan.layout, codec, rotation, self.lane, early)
         base = scalar(thread // WARP * (2 * plan.half) + plan.matrix)
         self.rows = lambda half: HalfTileRows(
             shared, plan.layout.head_dim, plan.dtype, scalar(base + half * plan.half), self.lane
         )
-        self.now, self.next = _Unit(), _Unit()
+        # The tile in hand and the next one: its head of a sequence (``_side``), its place in the cache, its new tokens
+        # (``_tokens``), and the row of its token 0.
+        self.now, self.next = _Cells("side", "tile", "span"), _Cells("side", "tile", "span", "row")
 
     def start(self, first: Expr, step: Expr, units: Expr) -> None:
         """Start copying the first of tiles ``first``, ``first + step``, … below ``units``."""
-        self.first, self.step, self.units = first, step, scalar(units)
-        self._find(self.now, first)
-        for half in range(2):
-            self._copy(self.now, i32(half))
+        self.number, self.step, self.units = Registers(1, "int32"), step, units
+        self.number[0] = first
+        self._find()
+        self._copy_both()
 
     def run(self) -> None:
         """Write all of them."""
-        unit = Registers(1, "int32")
-        unit[0] = self.first
-        with T.serial(0, scalar((self.units - self.first + (self.step - 1)) // self.step)) as _:
-            unit[0] = unit[0] + self.step
-            self._find(self.next, unit[0])
-            with T.If(self.now.high > self.now.low):
+        with T.While(self.number[0] < self.units):
+            self.now.set(**{name: getattr(self.next, name) for name in ("side", "tile", "span")})
+            self.number[0] = self.number[0] + self.step
+            self._find()
+            first, last = self._tokens(self.now)
+            with T.If(last > first):
                 with T.Then():
-                    self.encoder.encode(self.now.at, (self.now.low, self.now.high), self._fetch, self._release)
+                    at = (*self._side(self.now.side), self.now.tile.astype("int64"))
+                    self.encoder.encode(at, (first, last), self._fetch, self._release)
                 with T.Else():
-                    for half in range(2):
-                        self._copy(self.next, i32(half))
-            self.now.assign(self.next)
+                    self._copy_both()
 
-    def _find(self, found: _Unit, unit: Expr) -> None:
-        """Which tokens of which tile a unit is; none for one that there is not."""
-        number = scalar(tir.min(unit, self.units - 1))
-        b = scalar(number // (self.touched * self.kv_heads))
+    def _side(self, number: Expr) -> tuple[Expr, Expr]:
+        """(sequence, head)."""
+        return (number // self.kv_heads).astype("int64"), (number % self.kv_heads).astype("int64")
+
+    def _find(self) -> None:
+        """Which tokens of which tile a number stands for; none if it is past the last one."""
+        number = self.number[0]
+        exists = scalar((number < self.units).astype("int32"))
+        side = scalar(tir.Select(exists != 0, tir.truncdiv(number, self.touched), i32(0)))
+        b = scalar(side // self.kv_heads)
         length = scalar(self.lengths[0][b])
         start = scalar(length - self.lengths[1][b])
-        tile = scalar(start // TOKENS + number % self.touched)
-        place, exists = self._place(tile, length)
-        exists = tir.all(unit < self.units, exists)
-        high = tir.Select(exists, tir.min(length - tile * TOKENS, i32(TOKENS)), i32(0))
-        low = tir.max(start - tile * TOKENS, i32(0))
-        head = number // self.touched % self.kv_heads
-        found.set(b=b, head=head, tile=place, low=low, high=high, row=tile * TOKENS - start)
+        tile = scalar(start // TOKENS + number - side * self.touched)
+        place, has_place = self._place(tile, length)
+        last = tir.min(length - tile * TOKENS, i32(TOKENS))
+        high = tir.Select(tir.all(exists != 0, has_place), last, i32(0))
+        low = tir.min(tir.max(start - tile * TOKENS, i32(0)), i32(TOKENS))
+        self.next.set(side=side, tile=place, span=high * SPAN + low, row=tile * TOKENS - start)
+
+    def _tokens(self, unit: _Cells) -> tuple[Expr, Expr]:
+        """A tile's first new token, and the one after its last."""
+        return unit.span % SPAN, unit.span // SPAN
 
     def _place(self, tile: Expr, length: Expr) -> tuple[Expr, Expr]:
         """Where in the cache a sequence's tile stands, and whether it has a place there."""
@@ -179,16 +180,25 @@ class _Tiles:
             return tile, tile.astype("int64") < self.cache.shape[2]
         return tile % self.tiles, (tile + self.tiles) * TOKENS >= length
 
-    def _copy(self, unit: _Unit, half: Expr) -> None:
-        """Start copying the rows of half a unit (none, if it has no tokens)."""
+    def _copy_both(self) -> None:
+        with T.serial(0, 2) as half:
+            self._copy(i32(half))
 
-        def source(row: Expr, element: Expr) -> tuple[Any, list[Expr], Expr]:
-            token = half * ROWS + row
-            index = [*unit.at[:2], (unit.row + token).astype("int64"), element]
-            return self.x, index, tir.all(token >= unit.low, token < unit.high)
+    def _copy(self, half: Expr) -> None:
+        """Start copying the rows of half the next tile (none, if it has no tokens)."""
+        unit, first = self.next, scalar(half * ROWS)
+        row, rows = scalar((unit.row + first).astype("int64")), self.rows(half)
+        b, head = self._side(unit.side)
 
-        with T.If(unit.high > unit.low), T.Then():
-            self.rows(half).copy(source)
+        def source(token: Expr, element: Expr) -> tuple[Any, list[Expr]]:
+            return self.x, [b, head, row + token, element]
+
+        low, high = self._tokens(unit)
+        with T.If(tir.all(low <= first, high >= first + ROWS)):
+            with T.Then():
+                rows.copy(source)
+            with T.Else(), T.If(high > low), T.Then():
+                rows.copy_some(source, scalar(low - first), scalar(high - first))
         commit_copies()
 
     def _fetch(self, half: Expr) -> HalfTileRows:
@@ -197,4 +207,4 @@ class _Tiles:
 
     def _release(self, half: Expr) -> None:
         warp_sync()
-        self._copy(self.next, i32(half))
+        self._copy(i32(half))

@@ -20,7 +20,7 @@ from .cuda_ops import WARP, Registers, i32, load_words, prmt, scalar, store_word
 from .tile_encoder_cuda import TileEncoder
 from .tile_pack_cuda import Lane, TileStores
 from .tile_rotation_cuda import TileRotation
-from .tile_rows_cuda import HalfTileRows, brain2, commit_copies, wait_for_copies
+from .tile_rows_cuda import ROWS, HalfTileRows, brain2, commit_copies, wait_for_copies
 from .vector_core_cuda import VectorCore
 from .vector_lanes_cuda import VectorLanes
 
@@ -73,10 +73,11 @@ class TokenAppend:
         shared = T.alloc_buffer((HalfTileRows.halves(self.layout.head_dim, self.dtype),), "uint16", scope="shared")
         rows = HalfTileRows(shared, self.layout.head_dim, self.dtype, i32(0), at.lane)
 
-        def source(row: Expr, element: Expr) -> tuple[Any, list[Expr], Expr]:
-            return x, [*at.place[:2], 0, element], row == at.token % 16
+        def source(_row: Expr, element: Expr) -> tuple[Any, list[Expr]]:
+            return x, [*at.place[:2], 0, element]
 
-        rows.copy(source)
+        row = scalar(at.token % ROWS)
+        rows.copy_some(source, row, row + 1)
         commit_copies()
         wait_for_copies(0)
         with T.If(at.new != 0), T.Then():

@@ -2,8 +2,9 @@
 
 On its int8 grid a codebook is antisymmetric, and its boundaries are halves of integers. Two ways to use that:
 
-- *steps*: g_0 + Σ δ_i · [|y| > b_i·‖x‖] with y's sign, over the upper half. A comparison that gives 1.0 or 0.0 and a
-  multiply-add per boundary: 3 instructions at 2 bits, 7 at 3, 15 at 4.
+- *steps*: g_0 + Σ δ_i · [|y| / ‖x‖ > b_i] with y's sign, over the upper half. A comparison is a difference so steep
+  that it saturates to 0.0 or 1.0, which a GPU does faster than a comparison; a multiply-add adds it up. With the
+  quotient and the sign, 4 instructions at 2 bits, 8 at 3, 16 at 4.
 - *table*: ⌈2y / (scale·‖x‖)⌉, clipped, numbers the pieces between halves of integers, and a table in shared memory
   says what code each has: 4 instructions at any width. One saturating multiply-add clips; another adds 2.0 rounding
   up, which leaves the number in the low bits of the sum, whose upper ones vanish when it becomes a byte address.
@@ -21,6 +22,7 @@ from tvm.tirx.script.builder import ir as T
 from rotquant_tvm.formats import Codebook
 
 from .cuda_ops import Registers, bits_of, f32, float_of, ptx, scalar, u32
+from .stepped_table_cuda import fma
 
 Expr = Any
 SIGN = 0x80000000
@@ -29,6 +31,10 @@ _TWO = 0x40000000
 """The bits of float32's 2.0, no part of a byte address of words."""
 _ONE_UP = 2.0**-22
 """The distance of float32 numbers from 2.0 on."""
+_STEEP = 2.0**40
+"""Times this, the least difference of two float32 numbers about as large as a boundary is more than 1."""
+_LITTLE = 2.0**-60
+"""Next to a steep ratio, less than rounding unless that is 0."""
 
 
 class CodeLookup:
@@ -53,13 +59,12 @@ class CodeLookup:
         if not self.uses_table:
             return
         self._entries = T.alloc_buffer((2 * self._range + 1,), "uint32", scope="shared")
-        with T.serial(0, -(-(self._range + 1) // threads)) as step:
-            place = scalar(thread + step * threads)
-            with T.If(place <= self._range), T.Then():
-                upper, lower = self._entry(place)
-                T.buffer_store(self._entries, lower, [self._range - place])
-                with T.If(place < self._range), T.Then():
-                    T.buffer_store(self._entries, upper, [self._range + 1 + place])
+        # Without branches, which would hold up reads that stand before them: who has no place repeats the last one.
+        for step in range(-(-(self._range + 1) // threads)):
+            place = scalar(tir.min(thread + step * threads, self._range))
+            upper, lower = self._entry(place)
+            T.buffer_store(self._entries, lower, [self._range - place])
+            T.buffer_store(self._entries, upper, [tir.min(self._range + 1 + place, 2 * self._range)])
 
     def _entry(self, place: Expr) -> tuple[Expr, Expr]:
         """What values from ``place`` to ``place`` + 1 half steps above 0 have in common, and those as far below.
@@ -109,17 +114,16 @@ class CodeLookup:
         if self.codes:
             return self._by_signs(y, norm)
         upper = self.book.grid[2 ** (self.book.bits - 1) :].astype(float)
-        boundaries = Registers(max(1, len(upper) - 1), "float32")
-        for k, boundary in enumerate(self.book.boundaries[2 ** (self.book.bits - 1) :]):
-            boundaries[k] = norm * f32(float(boundary))
-        found = Registers(y.count, "float32")
+        boundaries = self.book.boundaries[2 ** (self.book.bits - 1) :].astype(float)
+        found, steep = Registers(y.count, "float32"), scalar(inverse * f32(_STEEP))
         for r in range(y.count):
+            # A little less than the element, since one on a boundary has the lower code, one of 0 too.
+            ratio = fma(y[r], steep, -_LITTLE)
             total: Expr = scalar(f32(upper[0]), "float32")
-            for k, step in enumerate(np.diff(upper)):
-                above = Registers(1, "float32")
-                ptx("set.gt.ftz.f32.f32", above[0], tir.abs(y[r]), boundaries[k])
-                total = scalar(above[0] * f32(float(step)) + total)
-            found[r] = float_of(bits_of(total) | bits_of(y[r]) & u32(SIGN))
+            for boundary, step in zip(boundaries, np.diff(upper), strict=True):
+                above = fma(tir.abs(ratio), 1.0, -_STEEP * float(np.float32(boundary)), saturate=True)
+                total = scalar(above * f32(float(step)) + total)
+            found[r] = float_of(bits_of(total) | bits_of(ratio) & u32(SIGN))
         return found
 
     def _by_signs(self, y: Registers, norm: Expr) -> Registers:

@@ -16,6 +16,8 @@ from rotquant_tvm.formats import Codec
 
 from .code_fragments_cuda import CodeFragments, fine_grid, load_code_words, words_per_lane
 from .cuda_ops import Registers, across, f32, half2, i32, load_words, mma_half, mma_int8, pack_half2, ptx, scalar, u32
+from .trellis_fragments_cuda import TrellisKeys
+from .trellis_tables_cuda import TrellisTables, is_trellis
 
 Expr = Any
 LoadQuery = Callable[[int], list[Expr]]
@@ -27,8 +29,9 @@ FINEST = 16256.0
 class IntegerScores:
     """Keys as int8 grid values: products of integers, exact but for the rounding of the queries to 15 bits."""
 
-    def __init__(self, codec: Codec, shared: Any, lane: Expr) -> None:
+    def __init__(self, codec: Codec, shared: Any, lane: Expr, tables: TrellisTables) -> None:
         self.codec, self.shared, self.lane = codec, shared, lane
+        self.trellis: Any = TrellisKeys(codec, tables, lane) if is_trellis(codec) else None
         self.steps = codec.head_dim // 16
         self.coarse, self.fine = Registers(self.steps), Registers(self.steps)
         self.unit = Registers(1, "float32")
@@ -81,7 +84,7 @@ class IntegerScores:
         gain = Registers(4)
         load_words(gain, 0, self.shared, [gains + self.lane % 4 * 4], 4, "shared")
         book: Any = self.codec.codebook
-        fragments = CodeFragments(words, book, head_dim)
+        fragments = self.trellis.fragments(words) if self.trellis else CodeFragments(words, book, head_dim)
         scores = Registers(8, "float32")
         unit = scalar(self.unit[0] * f32(fine_grid(book)[1]))
         for i in range(4):

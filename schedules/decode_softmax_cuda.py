@@ -83,61 +83,94 @@ def _sum(shares: Registers) -> Expr:
     return terms[0]
 
 
-def merge_warps(
-    weights: Weights,
-    shared: Any,
+class SumSlots:
+    """Sums of several warps in shared memory: of ``slots`` × query rows, float32 [head_dim], reference and total."""
+
+    def __init__(self, shared: Any, first: int, slots: int, rows: int, head_dim: int) -> None:
+        """``first``: where they begin in ``shared`` (uint32); they take ``words`` of it."""
+        self.shared, self.first, self.slots, self.rows, self.head_dim = shared, first, slots, rows, head_dim
+
+    @staticmethod
+    def words(slots: int, rows: int, head_dim: int) -> int:
+        """Words of shared memory."""
+        return slots * rows * (head_dim + 2)
+
+    def put(self, weights: Weights, slot: Expr, lane: Expr, place: Callable[[int, int], Expr]) -> None:
+        """Store what a warp summed; ``place(j, half)`` is the dim of the lane's half of block j."""
+        total = across(weights.total[0], lambda a, b: a + b, (1, 2))
+        with T.If((lane % 4 == 0) & (lane // 4 < self.rows)), T.Then():
+            T.buffer_store(self.shared, bits_of(weights.reference[0]), [self._scales(slot, lane // 4)])
+            T.buffer_store(self.shared, bits_of(total), [self._scales(slot, lane // 4) + 1])
+        _put_sums(weights.values, lane, self.rows, place, lambda *where: self._store(slot, *where))
+
+    def _store(self, slot: Expr, row: Expr, dim: Expr, value: Expr) -> None:
+        T.buffer_store(self.shared, bits_of(value), [self._sum(slot, row, dim)])
+
+    def _sum(self, slot: Expr, row: Expr, dim: Expr) -> Expr:
+        return self.first + (slot * self.rows + row) * self.head_dim + dim
+
+    def _scales(self, slot: Expr, row: Expr) -> Expr:
+        return self.first + self.slots * self.rows * self.head_dim + (slot * self.rows + row) * 2
+
+    def reference(self, slot: Expr, row: Expr) -> Expr:
+        """The exponent that a slot's sums stand off."""
+        return float_of(self.shared[self._scales(slot, row)])
+
+    def add(self, slot: Expr, where: tuple[Expr, Expr], highest: Expr, sums: Registers) -> None:
+        """Add a slot's value and total at (row, dim), brought to the reference ``highest``, to ``sums``."""
+        row, dim = where
+        share = scalar(tir.exp2(self.reference(slot, row) - highest))
+        sums[0] = sums[0] + share * float_of(self.shared[self._sum(slot, row, dim)])
+        sums[1] = sums[1] + share * float_of(self.shared[self._scales(slot, row) + 1])
+
+
+def merge_slots(
+    own: SumSlots,
+    scale: float,
+    more: tuple[SumSlots, Expr] | None,
     thread: Expr,
-    shape: tuple[int, int, int],
-    place: Callable[[int, int], Expr],
     store: Callable[[Expr, Expr, Expr, Expr, Expr], None],
 ) -> None:
-    """Add up what the block's warps summed; ``shape``: warps, query rows, head_dim.
+    """Add up what a block's warps summed; ``own`` sums are times ``scale``. ``more``: other sums, and how many.
 
-    ``place(j, half)`` is the dim of the lane's half of block j; ``store(row, dim, sum, reference, total)`` takes the
-    results, each by one thread. Words 0 … ``merge_words`` of ``shared`` are overwritten.
+    ``store(row, dim, sum, reference, total)`` takes the results, each by one thread.
     """
-    warps, rows, head_dim = shape
-    lane, warp = thread % 32, thread // 32
-    total = across(weights.total[0], lambda a, b: a + b, (1, 2))
-    block_sync()  # the warps have read all of their tiles
-    sums_at = warps * rows * head_dim
-    with T.If((lane % 4 == 0) & (lane // 4 < rows)), T.Then():
-        at = sums_at + (warp * rows + lane // 4) * 2
-        T.buffer_store(shared, bits_of(weights.reference[0]), [at])
-        T.buffer_store(shared, bits_of(total), [at + 1])
-    _put_sums(weights.values, shared, (lane, warp), (rows, head_dim), place)
     block_sync()
-
-    def reference(w: int, row: Expr) -> Expr:
-        return float_of(shared[sums_at + (w * rows + row) * 2])
-
-    with T.serial(0, -(-rows * head_dim // (32 * warps))) as turn:
-        item = turn * (32 * warps) + thread
-        with T.If(item < rows * head_dim), T.Then():
-            row, dim = item // head_dim, item % head_dim
-            highest = reference(0, row)
-            for w in range(1, warps):
-                highest = tir.max(highest, reference(w, row))
-            highest = scalar(highest)
-            value, count = Registers(1, "float32"), Registers(1, "float32")
-            value[0], count[0] = f32(0), f32(0)
-            for w in range(warps):
-                share = scalar(tir.exp2(reference(w, row) - highest))
-                value[0] = value[0] + share * float_of(shared[(w * rows + row) * head_dim + dim])
-                count[0] = count[0] + share * float_of(shared[sums_at + (w * rows + row) * 2 + 1])
-            store(row, dim, scalar(value[0] * f32(weights.values.scale)), highest, count[0])
+    items, threads = own.rows * own.head_dim, 32 * own.slots
+    with T.serial(0, -(-items // threads)) as turn:
+        item = turn * threads + thread
+        with T.If(item < items), T.Then():
+            where = row, dim = scalar(item // own.head_dim), scalar(item % own.head_dim)
+            highest, sums = Registers(1, "float32"), Registers(2, "float32")
+            highest[0] = own.reference(0, row)
+            for slot in range(1, own.slots):
+                highest[0] = tir.max(highest[0], own.reference(slot, row))
+            if more is not None:
+                with T.serial(0, more[1]) as slot:
+                    highest[0] = tir.max(highest[0], more[0].reference(slot, row))
+            sums.fill(f32(0))
+            for slot in range(own.slots):
+                own.add(slot, where, highest[0], sums)
+            sums[0] = sums[0] * f32(scale)
+            if more is not None:
+                with T.serial(0, more[1]) as slot:
+                    more[0].add(slot, where, highest[0], sums)
+            store(row, dim, sums[0], highest[0], sums[1])
 
 
 def _put_sums(
-    values: Any, shared: Any, where: tuple[Expr, Expr], sizes: tuple[int, int], place: Callable[[int, int], Expr]
+    values: Any,
+    lane: Expr,
+    rows: int,
+    place: Callable[[int, int], Expr],
+    store: Callable[[Expr, Expr, Expr], None],
 ) -> None:
-    """Write the lane's sums as float32 [warp, row, dim]."""
-    (lane, warp), (rows, head_dim) = where, sizes
+    """Hand the lane's sums as float32 to ``store(row, dim, value)``."""
     t = lane % 4
 
     def put(column: Expr, dim: Expr, value: Expr) -> None:
         with T.If(column < rows), T.Then():
-            T.buffer_store(shared, bits_of(value), [(warp * rows + column) * head_dim + dim])
+            store(column, dim, value)
 
     for j in range(values.blocks):
         parts = values.totals(j)
@@ -152,8 +185,3 @@ def _put_sums(
         for k in range(2):
             mine, theirs = tir.Select(high, parts[k], parts[2 + k]), tir.Select(high, parts[2 + k], parts[k])
             put(2 * t % 4 + k, dim, scalar(mine + shuffle_xor(theirs, 2)))
-
-
-def merge_words(warps: int, rows: int, head_dim: int) -> int:
-    """Words of shared memory that ``merge_warps`` takes."""
-    return warps * rows * (head_dim + 2)

@@ -15,25 +15,30 @@ from rotquant_tvm.formats import Codec
 
 from .code_fragments_cuda import CodeFragments, fine_grid, load_code_words, words_per_lane
 from .cuda_ops import Registers, bits_of, f32, i32, mma_half, mma_int8, pack_half2, prmt, ptx, u32
+from .trellis_fragments_cuda import TrellisValues
+from .trellis_tables_cuda import TrellisTables, is_trellis
 
 Expr = Any
-MAGIC = 8388608.0
-"""2^23: adding it leaves a float's integer part in its low bits."""
+BASE = 32768.0
+"""2^15: a float from it to twice it has eight bits of fraction, so its integer part stands in bytes of its own."""
+HIGH_BYTES, LOW_BYTES = 0x0062, 0x0051
+"""Which byte of two such floats is the high or the low one of their integer parts."""
 
 
 class IntegerValues:
-    """Values as int8 grid values, weights as 16-bit fixed point in two bytes; int32 sums.
+    """Values as int8 grid values, weights as 15-bit fixed point in two bytes; int32 sums.
 
     Groups of up to four queries take the eight columns for high and low bytes; larger ones take two products.
     """
 
-    limit = 65535.0
+    limit = 32767.0
     """Weights stay below this; the reference moves before."""
     head_room = 1
     """Bits between the largest weight right after a move and the limit."""
 
-    def __init__(self, codec: Codec, shared: Any, lane: Expr, narrow: bool) -> None:
+    def __init__(self, codec: Codec, shared: Any, lane: Expr, narrow: bool, tables: TrellisTables) -> None:
         self.codec, self.shared, self.lane, self.narrow = codec, shared, lane, narrow
+        self.trellis: Any = TrellisValues(codec, tables, lane) if is_trellis(codec) else None
         self.parts = 1 if narrow else 2
         self.blocks = codec.head_dim // 16
         self.sums = Registers(4 * self.blocks * self.parts)
@@ -45,10 +50,10 @@ class IntegerValues:
         """Clear the sums."""
         self.sums.fill(u32(0))
         # Which byte of a weight the lane's column takes.
-        high, low = u32(0x0051), u32(0x0040)
+        high, low = u32(HIGH_BYTES), u32(LOW_BYTES)
         self.selector[0] = tir.Select(self.lane < 16, high, low) if self.narrow else high
         for i in range(4):
-            self.dither[i] = f32(self.lane % 4) * f32(1 / 16) + f32((4 * i + 0.5) / 16)
+            self.dither[i] = f32(self.lane % 4) * f32(1 / 16) + f32(BASE + (4 * i + 0.5) / 16)
 
     def load(self, codes: Expr) -> Registers:
         """Load the words of the codes section that begins at this word."""
@@ -58,18 +63,16 @@ class IntegerValues:
         return words
 
     def rounded(self, weight: Expr, gain: Expr, k: int) -> Expr:
-        """A weight times its value's gain as this product takes it: an integer, in the low bits of a float.
+        """A weight times its value's gain as this product takes it: an integer, in two bytes of a float.
 
-        Fractions are added before rounding down, others for other tokens: thousands of tokens far below the largest
-        one would all become 0 otherwise, where together they may outweigh it.
+        Fractions are added, others for other tokens, and what is behind the point then is left unread: thousands of
+        tokens far below the largest one would all become 0 otherwise, where together they may outweigh it.
         """
-        cell = Registers(1, "float32")
-        ptx("add.rm.f32", cell[0], weight * gain + self.dither[k // 2], f32(MAGIC))
-        return cell[0]
+        return weight * gain + self.dither[k // 2]
 
     def exceeds(self, most: Expr) -> Expr:
         """Whether the largest of the ``rounded`` weights is beyond the limit."""
-        return most > f32(MAGIC + self.limit)
+        return most >= f32(2 * BASE)
 
     def scaled(self, decays: tuple[Expr, Expr]) -> None:
         """Shrink the sums of columns 2t and 2t + 1."""
@@ -82,8 +85,8 @@ class IntegerValues:
     def add(self, words: Registers, weights: Registers) -> None:
         """Add the tile's values by the lane's eight ``rounded`` weights, element 2i + u."""
         book: Any = self.codec.codebook
-        fragments = CodeFragments(words, book, self.codec.head_dim)
-        selectors = [self.selector[0]] if self.narrow else [u32(0x0051), u32(0x0040)]
+        fragments = self.trellis.fragments(words) if self.trellis else CodeFragments(words, book, self.codec.head_dim)
+        selectors = [self.selector[0]] if self.narrow else [u32(HIGH_BYTES), u32(LOW_BYTES)]
         operands = [[self._bytes(weights, 4 * x, selector) for x in range(2)] for selector in selectors]
         for j in range(self.blocks):
             values = [fragments.half(4 * j + part) for part in range(4)]

@@ -14,7 +14,7 @@ from tvm.target import Target
 from .cuda_ops import ptx
 from .cuda_target import compute_capability
 
-BY_DEFAULT = False
+BY_DEFAULT = True
 """Whether kernels start early where nothing else is asked for; a kernel's results must not depend on it."""
 
 

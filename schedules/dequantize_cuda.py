@@ -12,15 +12,17 @@ from rotquant_tvm.ops.codec_shape import CodecShape
 from rotquant_tvm.ops.site_shape import OP_ATTR
 from rotquant_tvm.ops.vector_code import rotation_size
 
+from .code_exchange_cuda import CodeExchange
 from .code_rows_cuda import code_rows
 from .cuda_ops import block_sync
+from .exchanged_rotation_cuda import ExchangedRotation
 from .format_core_cuda import compared
-from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOBS, HeldRotation, load_rotations
+from .held_rotation_cuda import WEIGHT_KNOBS, HeldRotation, default_budget, load_rotations
 from .knobs import chosen_knobs
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
 KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **WEIGHT_KNOBS, **ROW_KNOBS}
-"""Elements per lane and vector; the rotation's weights; and the loop over rows."""
+"""Elements per lane and vector; the rotation; and the loop over rows."""
 
 
 def dequantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
@@ -34,8 +36,9 @@ def build(
     target: Target,
     *,
     elements: int = 8,
-    weights: int = REGISTER_WEIGHTS,
-    staged: int = 0,
+    weights: int | None = None,
+    staged: int = 1,
+    exchange: int = 1,
     **loop_knobs: int,
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.dequantize``; None if there is none. For knobs see ``KNOBS``."""
@@ -43,10 +46,17 @@ def build(
     if rows_of is None:
         return None
     lanes = rows_of.lanes
-    inverse = HeldRotation(lanes, shape.structure[::-1], budget=weights, staged=bool(staged))
+    budget = default_budget(shape.structure) if weights is None else weights
+    inverse = HeldRotation(lanes, shape.structure[::-1], budget=budget, staged=bool(staged))
+    exchanged: ExchangedRotation | None = None
+    if exchange and len(shape.structure) > 1 and shape.code_dtype == "uint8":
+        if ExchangedRotation.possible(lanes, shape.structure):
+            exchanged = ExchangedRotation(lanes, shape.structure, budget=weights, inverse=True)
+            loop_knobs.setdefault("resident", exchanged.resident if loop_knobs.get("rows", 1) == 1 else 0)
+    registers = inverse.register_weights() if exchanged is None else exchanged.register_weights
     head_dim, size = shape.head_dim, rotation_size(shape.structure, shape.head_dim)
     n = tir.Var("n", "int64")
-    loop = RowLoop(n, lanes.groups, target, **loop_knobs)
+    loop = RowLoop(n, lanes.groups, target, registers=registers, **loop_knobs)
     with IRBuilder() as builder, T.prim_func(s_tir=False):
         T.func_name("dequantize")
         T.func_attr({OP_ATTR: "dequantize", "tirx.noalias": True})
@@ -60,6 +70,9 @@ def build(
 
             def prepare() -> None:
                 rows_of.fill(thread)
+                if exchanged is not None:
+                    exchanged.load(rotation, lane, thread, loop.warps)
+                    return
                 inverse.place(lane)
                 if load_rotations([(inverse, rotation)], thread, loop.warps):
                     block_sync()
@@ -67,9 +80,13 @@ def build(
             loop.start(block, thread, group, lambda k, row: sources[k].load(codes, gain, row, loop.read), prepare)
 
             def work() -> None:
+                if exchanged is not None:
+                    for source in sources:
+                        for k, word in enumerate(CodeExchange(exchanged, lane).into(list(source.words))):
+                            source.words[k] = word
                 vectors = [source.values() for source in sources]
                 loop.read_next()
-                decoded = inverse.apply(vectors)
+                decoded = inverse.apply(vectors) if exchanged is None else exchanged.apply_inverse(vectors)
                 loop.each_row(lambda k, row: lanes.store(list(decoded[k]), y, [row], lane, loop.write))
 
             loop.run(work)

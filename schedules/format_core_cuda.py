@@ -5,7 +5,7 @@ from __future__ import annotations
 from rotquant_tvm.formats import LINEAR_BLOCK
 from rotquant_tvm.ops.codec_shape import CodecShape
 
-from .held_rotation_cuda import REGISTER_WEIGHTS, Structure
+from .held_rotation_cuda import Structure
 from .linear_core_cuda import HalfCore, LinearCore
 from .vector_core_cuda import VectorCore
 from .vector_lanes_cuda import ITEM_BYTES, VectorLanes
@@ -35,18 +35,20 @@ def format_core(
     *,
     codes: bool,
     table: bool | None = None,
-    weights: int = REGISTER_WEIGHTS,
-    staged: int = 0,
+    weights: int | None = None,
+    staged: int = 1,
+    exchange: int = 0,
 ) -> FormatCore | None:
     """Plan the core of a format, with about ``elements`` elements to a lane; None if there is none.
 
-    ``codes``, ``table``, ``weights`` and ``staged`` are those of ``VectorCore``.
+    ``codes``, ``table``, ``weights``, ``staged`` and ``exchange`` are those of ``VectorCore``.
     """
     if shape.dtype not in ITEM_BYTES:
         return None
     lanes = VectorLanes.choose(shape.head_dim, shape.dtype, elements)
     if VectorCore.possible(shape, lanes):
-        return VectorCore(shape, lanes, codes=codes, table=table, weights=weights, staged=bool(staged))
+        options = {"weights": weights, "staged": bool(staged), "exchange": bool(exchange)}
+        return VectorCore(shape, lanes, codes=codes, table=table, **options)
     if HalfCore.possible(shape, lanes):
         return HalfCore(shape, lanes)
     if shape.codebook == "linear":

@@ -16,8 +16,11 @@ from tvm.target import Target
 from rotquant_tvm.ops.site_shape import OP_ATTR
 
 from .append_cuda import append_cuda
+from .append_plain_cuda import append_plain_cuda
 from .attention_decode_cuda import attention_decode_cuda
+from .attention_prefill_cuda import attention_prefill_cuda
 from .dequantize_cuda import dequantize_cuda
+from .flush_cuda import flush_cuda
 from .knobs import keep_choice
 from .quantize_cuda import quantize_cuda
 from .rotate_cuda import rotate_cuda
@@ -28,6 +31,9 @@ Rule = Callable[[tirx.PrimFunc, Target], tirx.PrimFunc | None]
 
 RULES: dict[str, Rule] = {
     "append": append_cuda,
+    "append_plain": append_plain_cuda,
+    "attention_prefill": attention_prefill_cuda,
+    "flush": flush_cuda,
     "dequantize": dequantize_cuda,
     "quantize": quantize_cuda,
     "rotate": rotate_cuda,

@@ -18,12 +18,20 @@ from .vector_lanes_cuda import VectorLanes
 
 Expr = Any
 Structure = Sequence[tuple[int, int]]
-REGISTER_WEIGHTS = 96
-"""How many registers a lane may keep weights in; layers beyond the first are kept in shared memory if they are more."""
-WEIGHT_KNOBS: dict[str, tuple[int, ...]] = {"weights": (32, 64, 96, 128), "staged": (0, 1)}
+REGISTER_WEIGHTS, SEVERAL_LAYERS = 96, 32
+"""How many registers a lane may keep weights in, and of rotations with several layers: layers beyond the first are kept
+in shared memory if they are more. Weights in registers cost warps, which do more for layers that wait for shuffles."""
+STAGED_KNOBS: dict[str, tuple[int, ...]] = {"weights": (32, 64, 96, 128), "staged": (0, 1)}
 """Registers for a rotation's weights, and whether its coefficients come by way of shared memory."""
+WEIGHT_KNOBS = {**STAGED_KNOBS, "exchange": (0, 1)}
+"""Besides, whether elements move between layers (``exchanged_rotation_cuda``)."""
 STATIC_FLOATS = 8 * 1024
 """Up to how many floats of shared memory are declared; a launch has to ask for more."""
+
+
+def default_budget(structure: Structure) -> int:
+    """The budget of a rotation where none is asked for."""
+    return REGISTER_WEIGHTS if len(structure) <= 1 else SEVERAL_LAYERS
 
 
 class HeldRotation:

@@ -7,7 +7,7 @@ whose distance from its neighbours is 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,9 @@ class LinearVector:
 class LinearCore:
     """q8_0 and q4_0."""
 
+    registers = resident = 0
+    """See ``VectorCore``."""
+
     def __init__(self, shape: CodecShape, lanes: VectorLanes) -> None:
         self.shape, self.lanes = shape, lanes
         self.lane: Expr = None
@@ -54,9 +57,12 @@ class LinearCore:
     def load(self, rotation: Any, thread: Expr, warps: int, inverse: Any = None) -> None:
         """There is nothing to read."""
 
-    def encode(self, vectors: Sequence[Registers]) -> list[LinearVector]:
-        """Encode vectors of float32 registers, which are clipped in place."""
-        return [self._encode(x) for x in vectors]
+    def encode(self, vectors: Sequence[Registers], then: Callable[[], None] | None = None) -> list[LinearVector]:
+        """Encode vectors of float32 registers, which are clipped in place; ``then`` emits something after it."""
+        encoded = [self._encode(x) for x in vectors]
+        if then is not None:
+            then()
+        return encoded
 
     def _encode(self, x: Registers) -> LinearVector:
         values, scales = Registers(x.count, "float32"), []
@@ -131,6 +137,9 @@ class LinearCore:
 class HalfCore:
     """f16 and bf16: an encoded vector is its registers."""
 
+    registers = resident = 0
+    """See ``VectorCore``."""
+
     def __init__(self, shape: CodecShape, lanes: VectorLanes) -> None:
         self.shape, self.lanes = shape, lanes
         self.lane: Expr = None
@@ -148,8 +157,8 @@ class HalfCore:
     def load(self, rotation: Any, thread: Expr, warps: int, inverse: Any = None) -> None:
         """There is nothing to read."""
 
-    def encode(self, vectors: Sequence[Registers]) -> list[Registers]:
-        """Clip vectors of float32 registers and round them, in place."""
+    def encode(self, vectors: Sequence[Registers], then: Callable[[], None] | None = None) -> list[Registers]:
+        """Clip vectors of float32 registers and round them, in place; ``then`` emits something after it."""
         for x in vectors:
             for r in range(x.count):
                 value = scalar(clip_to_half(x[r]))
@@ -157,6 +166,8 @@ class HalfCore:
                     x[r] = value.astype("float16").astype("float32")
                 else:
                     x[r] = float_of(_round_bfloat16(bits_of(value)))
+        if then is not None:
+            then()
         return list(vectors)
 
     def code_words(self, x: Registers) -> list[list[Expr]]:

@@ -17,6 +17,8 @@ from .decode_softmax_cuda import HIDDEN, Weights
 from .decode_values_cuda import HalfValues, IntegerValues
 from .linear_halves_cuda import LinearKeys, LinearValues
 from .tile_ring_cuda import TileRing
+from .trellis_fragments_cuda import TrellisValues
+from .trellis_tables_cuda import TrellisTables, is_trellis
 
 Expr = Any
 
@@ -45,19 +47,30 @@ class PackedStream:
         policy: CachePolicy,
         ring: TileRing,
         narrow: bool,
+        tables: TrellisTables,
         wraps: bool = False,
     ) -> None:
         self.layout, self.policy, self.ring, self.wraps = layout, policy, ring, wraps
         self.head_dim = layout.head_dim
         shared, lane = ring.shared, ring.lane
         self.codecs = key, value = codecs
-        self.keys: Any = IntegerScores(key, shared, lane) if integer(key) else HalfScores(self.head_dim)
-        self.values: Any = IntegerValues(value, shared, lane, narrow) if integer(value) else HalfValues(self.head_dim)
+        self.keys: Any = HalfScores(self.head_dim)
+        if integer(key):
+            self.keys = IntegerScores(key, shared, lane, tables)
+        self.values: Any = HalfValues(self.head_dim)
+        if integer(value):
+            self.values = IntegerValues(value, shared, lane, narrow, tables)
         self.weights = Weights(self.values)
 
     def word(self, section: str) -> int:
         """The first word of a section of a tile."""
         return self.layout.sections[section].offset // 4
+
+    def place(self, j: int, half: int) -> Expr:
+        """The dim of the lane's row of block j of the sums: g (``half`` 0) or g + 8 of the product's."""
+        if is_trellis(self.codecs[1]):
+            return TrellisValues.place(self.ring.lane, j, half)
+        return 16 * j + 8 * half + self.ring.lane // 4
 
     def begin(self, cache: Any, where: tuple[Expr, Expr], share: Share) -> None:
         """Begin to copy the warp's tiles of one (sequence, kv head)."""
@@ -65,17 +78,23 @@ class PackedStream:
         self._tiles = scalar(i32(cache.shape[2])) if self.wraps else None
         self._source = lambda number, word: cache.ptr_to([*where, self._place(share, number), word])
         self.ring.start(self._source, share.count)
+        self._ahead = None
+
+    def expect_centres(self, centre: Any) -> None:
+        """Begin to load the first tile's centre, if keys have one."""
+        if self.policy.center:
+            self._centre, self._ahead = centre, (Registers(self.head_dim // 16), Registers(1, "float32"))
+            self._load_centre(i32(0))
 
     def _place(self, share: Share, number: Expr) -> Expr:
         """Where in the cache the stream's tile ``number`` stands."""
         tile = share.first + number * share.step
         return tile if self._tiles is None else tile % self._tiles
 
-    def stream(self, centre: Any) -> None:
+    def stream(self) -> None:
         """Take in the tiles, once the queries are at hand (``keys.start``)."""
-        ring, lane, where, share, source = self.ring, self.ring.lane, self._where, self._share, self._source
+        ring, lane, share, source, ahead = self.ring, self.ring.lane, self._share, self._source, self._ahead
         self.weights.start()
-        ahead = self._centre_ahead(centre, where, share, i32(0)) if self.policy.center else None
         with T.serial(0, share.count) as number:
             start = scalar(ring.wait())
             tile = scalar(share.first + number * share.step)
@@ -85,20 +104,19 @@ class PackedStream:
                 offset = self.keys.centre(words, scale[0])
                 for k in range(8):
                     scores[k] = scores[k] + offset
-                self._load_centre(centre, where, share, number + 1, ahead)
+                self._load_centre(number + 1)
             gains = self._gains(start)
             held = self.values.load(start + self.word("v_codes")) if integer_values(self.values) else None
-            if held is not None:
-                ring.refill(source, number + ring.stages, share.count)
             edge = tir.Or((tile + 1) * TOKENS > share.packed, tile * TOKENS < share.oldest)
             with T.If(edge), T.Then():
                 self._hide(scores, gains, tile, share)
             weights = self.weights.take(scores, gains, lane)
+            if held is None:
+                self._add_halves(start, weights, edge, tile, share)
+            # Not before: the loads of the tile's last words, which it waits for, are on their way meanwhile.
+            ring.refill(source, number + ring.stages, share.count)
             if held is not None:
                 self.values.add(held, weights)
-            else:
-                self._add_halves(start, weights, edge, tile, share)
-                ring.refill(source, number + ring.stages, share.count)
             ring.advance()
 
     def _scores(self, start: Expr) -> Registers:
@@ -167,16 +185,9 @@ class PackedStream:
 
         self.values.add(fragment, weights)
 
-    def _centre_ahead(self, centre: Any, where: Any, share: Share, number: Expr) -> tuple[Registers, Registers]:
-        ahead = Registers(self.head_dim // 16), Registers(1, "float32")
-        self._load_centre(centre, where, share, number, ahead)
-        return ahead
-
-    def _load_centre(
-        self, centre: Any, where: Any, share: Share, number: Expr, ahead: tuple[Registers, Registers]
-    ) -> None:
-        """Load the centre of the stream's tile ``number`` (of the last one, behind the end)."""
-        words, scale = ahead
+    def _load_centre(self, number: Expr) -> None:
+        """Load the centre of the stream's tile ``number``, if there is one."""
+        (words, scale), centre, where, share = self._ahead, self._centre, self._where, self._share
         with T.If(number < share.count), T.Then():
             block = scalar(self._place(share, number) // (self.policy.center // TOKENS))
             for step in range(self.head_dim // 16):
@@ -201,7 +212,7 @@ class _Chunks:
 
 def integer(codec: Codec) -> bool:
     """Whether a codec's values are int8 grid values times one gain."""
-    return codec.format.codebook == "lloyd"
+    return codec.format.codebook in ("lloyd", "trellis")
 
 
 def integer_values(values: Any) -> bool:

@@ -1,7 +1,7 @@
 """The 16-bit segments of a cache in decode attention, on CUDA: sinks and ring, a few rows at a time.
 
-Rows are few, so they need no ring of copies in shared memory: a thread block of its own reads them from global memory,
-each warp 16 at a time, which for a usual window is once.
+Rows are few, so they need no ring of copies in shared memory: some warps of a stream's blocks read 16 of them each from
+global memory, while their first tiles are on the way.
 """
 
 from __future__ import annotations
@@ -33,21 +33,31 @@ class PlainRows:
         self.keys, self.values = HalfScores(head_dim), HalfValues(head_dim)
         self.weights = Weights(self.values, ROWS // 4)
 
-    def stream(self, lane: Expr, warp: Expr, warps: int, bounds: tuple[Expr, Expr, Expr]) -> None:
-        """Take the rows whose positions are in ``bounds`` = (oldest, packed, stored): see ``ops.segments``."""
-        oldest, packed, stored = bounds
+    def turns(self, bounds: tuple[Expr, Expr, Expr]) -> Expr:
+        """How often 16 rows are taken, for those whose positions are in ``bounds`` = (oldest, packed, stored).
+
+        See ``ops.segments``.
+        """
+        self._bounds = oldest, packed, stored = bounds
         sinks = self.policy.sinks
-        self.weights.start()
-        held = scalar(tir.min(stored, i32(sinks)))
-        first = scalar(tir.max(packed, oldest - sinks))
+        self._first = first = scalar(tir.max(packed, oldest - sinks))
         sink_turns = -(-sinks // ROWS)
         ring_turns = tir.if_then_else(
             stored - sinks > first, (stored - sinks + (ROWS - 1)) // ROWS - first // ROWS, i32(0)
         )
         turns = ring_turns + sink_turns if self.policy.ring else i32(sink_turns)
-        turns = scalar(tir.if_then_else(stored > 0, turns, i32(0)))  # an empty sequence may have no row at all
-        with T.serial(0, (turns - warp + (warps - 1)) // warps) as turn:
-            number = scalar(warp + turn * warps)
+        self._turns = scalar(tir.if_then_else(stored > 0, turns, i32(0)))  # an empty sequence may have no row at all
+        return self._turns
+
+    def stream(self, lane: Expr, begin: Expr, step: Expr) -> None:
+        """Take turns ``begin``, ``begin + step``, … of them (``turns``), once the queries are at hand."""
+        oldest, _, stored = self._bounds
+        first, sinks = self._first, self.policy.sinks
+        sink_turns = -(-sinks // ROWS)
+        self.weights.start()
+        held = scalar(tir.min(stored, i32(sinks)))
+        with T.serial(0, (self._turns - begin + (step - 1)) // step) as turn:
+            number = scalar(begin + turn * step)
             in_sinks = number < sink_turns
             base = scalar(tir.if_then_else(in_sinks, number * ROWS, (first // ROWS + number - sink_turns) * ROWS))
             low = scalar(tir.if_then_else(in_sinks, oldest, first))

@@ -13,12 +13,12 @@ from rotquant_tvm.ops.site_shape import OP_ATTR
 from rotquant_tvm.ops.vector_code import rotation_size
 
 from .format_core_cuda import compared, format_core
-from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOBS
+from .held_rotation_cuda import WEIGHT_KNOBS
 from .knobs import chosen_knobs
-from .vector_rows_cuda import ROW_KNOBS, RowLoop
+from .vector_rows_cuda import ENCODE_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **WEIGHT_KNOBS, **ROW_KNOBS}
-"""Elements per lane and vector; the rotation's weights; and the loop over rows."""
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **WEIGHT_KNOBS, **ENCODE_KNOBS}
+"""Elements per lane and vector; the rotation; and the loop over rows."""
 
 
 def quantize_cuda(func: tvm.tirx.PrimFunc, target: Target) -> tvm.tirx.PrimFunc | None:
@@ -32,17 +32,19 @@ def build(
     target: Target,
     *,
     elements: int = 8,
-    weights: int = REGISTER_WEIGHTS,
-    staged: int = 0,
+    weights: int | None = None,
+    staged: int = 1,
+    exchange: int = 1,
     **loop_knobs: int,
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.quantize``; None if there is none. For knobs see ``KNOBS``."""
-    core = format_core(shape, elements, codes=True, weights=weights, staged=staged)
+    core = format_core(shape, elements, codes=True, weights=weights, staged=staged, exchange=exchange)
     if core is None:
         return None
     lanes, head_dim, size = core.lanes, shape.head_dim, rotation_size(shape.structure, shape.head_dim)
+    loop_knobs.setdefault("resident", core.resident if loop_knobs.get("rows", 1) == 1 else 0)
     n = tir.Var("n", "int64")
-    loop = RowLoop(n, lanes.groups, target, **loop_knobs)
+    loop = RowLoop(n, lanes.groups, target, registers=core.registers, **loop_knobs)
     with IRBuilder() as builder, T.prim_func(s_tir=False):
         T.func_name("quantize")
         T.func_attr({OP_ATTR: "quantize", "tirx.noalias": True})
@@ -63,8 +65,7 @@ def build(
 
             def work() -> None:
                 vectors = [lanes.unpack(words) for words in raw]
-                loop.read_next()
-                encoded = core.encode(vectors)
+                encoded = loop.encode(core, vectors)
                 words = [core.code_words(vector) for vector in encoded]
 
                 def store(k: int, row: tir.PrimExpr) -> None:
@@ -75,4 +76,3 @@ def build(
 
             loop.run(work)
     return builder.get()
-

@@ -14,6 +14,8 @@ Expr = Any
 Structure = Sequence[tuple[int, int]]
 MOST_TAPS = 16
 """Products per element of all layers; a rotation of more costs a block longer than a launch of its own."""
+MOST_HELD = 4
+"""Elements that a thread keeps in registers."""
 
 
 def few_taps(structure: Structure) -> bool:
@@ -51,13 +53,45 @@ class SharedRows:
         """Set an element."""
         T.buffer_store(self.shared, bits_of(value), [self.at(row, dim)])
 
+    def hold(self, body: Callable[[Expr, Expr], Expr]) -> Callable[[], None]:
+        """Work out ``body(row, dim)``, float32, for every element; what is returned puts it in place, later.
+
+        The loads in it are on their way meanwhile, if they are few.
+        """
+        items = self.rows * self.head_dim
+        turns = -(-items // self.threads)
+        if turns > MOST_HELD:
+            return lambda: self.each(lambda row, dim: self.put(row, dim, body(row, dim)))
+        held, places = Registers(turns, "float32"), []
+        for turn in range(turns):
+            item = scalar(turn * self.threads + self.thread)
+            places.append((scalar(item // self.head_dim), scalar(item % self.head_dim), item < items))
+            row, dim, _ = places[turn]
+            held[turn] = body(tir.min(row, self.rows - 1) if items % self.threads else row, dim)
+
+        def put() -> None:
+            for turn, (row, dim, inside) in enumerate(places):
+                if items % self.threads == 0:
+                    self.put(row, dim, held[turn])
+                else:
+                    with T.If(inside), T.Then():
+                        self.put(row, dim, held[turn])
+
+        return put
+
     def get(self, row: Expr, dim: Expr) -> Expr:
         """An element."""
         return float_of(self.shared[self.at(row, dim)])
 
-    def rotate(self, structure: Structure, coefficients: Any) -> None:
-        """Apply the layers of a rotation (``Rotation.structure`` and ``.data``) to every row; ends with a barrier."""
-        ahead = self._coefficients(structure, coefficients) if self.threads % self.head_dim == 0 else None
+    def ask(self, structure: Structure, coefficients: Any) -> list[Registers] | None:
+        """Begin to load the coefficients that the thread needs; None if they are not the same for all its elements."""
+        return self._coefficients(structure, coefficients) if self.threads % self.head_dim == 0 else None
+
+    def rotate(self, structure: Structure, coefficients: Any, ahead: list[Registers] | None) -> None:
+        """Apply the layers of a rotation (``Rotation.structure`` and ``.data``) to every row; ends with a barrier.
+
+        ``ahead``: what ``ask`` returned for them.
+        """
         block_sync()
         offset = 0
         for number, (block, stride) in enumerate(structure):

@@ -13,12 +13,12 @@ from rotquant_tvm.ops.site_shape import OP_ATTR
 
 from .cuda_ops import block_sync
 from .format_core_cuda import COMPARED_DTYPES, compared_rotation
-from .held_rotation_cuda import REGISTER_WEIGHTS, WEIGHT_KNOBS, HeldRotation, load_rotations
+from .held_rotation_cuda import STAGED_KNOBS, HeldRotation, default_budget, load_rotations
 from .knobs import chosen_knobs
 from .vector_lanes_cuda import ITEM_BYTES, VectorLanes
 from .vector_rows_cuda import ROW_KNOBS, RowLoop
 
-KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **WEIGHT_KNOBS, **ROW_KNOBS}
+KNOBS: dict[str, tuple[int, ...]] = {"elements": (4, 8, 16), **STAGED_KNOBS, **ROW_KNOBS}
 """Elements per lane and vector; the rotation's weights; and the loop over rows."""
 
 
@@ -35,8 +35,8 @@ def build(
     target: Target,
     *,
     elements: int = 8,
-    weights: int = REGISTER_WEIGHTS,
-    staged: int = 0,
+    weights: int | None = None,
+    staged: int = 1,
     **loop_knobs: int,
 ) -> tvm.tirx.PrimFunc | None:
     """Build the kernel, with the parameters of ``ops.rotate``; None if there is none. For knobs see ``KNOBS``."""
@@ -45,8 +45,10 @@ def build(
     lanes = VectorLanes.choose(shape.head_dim, shape.dtype, elements)
     if not HeldRotation.possible(lanes, shape.structure):
         return None
-    held, head_dim = HeldRotation(lanes, shape.structure, budget=weights, staged=bool(staged)), shape.head_dim
+    head_dim, budget = shape.head_dim, default_budget(shape.structure) if weights is None else weights
+    held = HeldRotation(lanes, shape.structure, budget=budget, staged=bool(staged))
     sizes = [tir.Var(f"n{i}", "int64") for i in range(3)]
+    loop_knobs.setdefault("registers", held.register_weights())
     loop = RowLoop(sizes[0] * sizes[1] * sizes[2], lanes.groups, target, **loop_knobs)
     zero = tir.const(0, "int64")
     with IRBuilder() as builder, T.prim_func(s_tir=False):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
@@ -54,6 +55,11 @@ class Guard:
     repair: Callable[[], None]
 
 
+def beyond(value: Expr, limit: float) -> Expr:
+    """Whether a float32 is larger than ``limit`` either way, or NaN: as integers, since a compiler turns ≤ around."""
+    return bits_of(value) & u32(0x7FFFFFFF) > u32(int(np.float32(limit).view(np.uint32)))
+
+
 def supported(codec: Codec) -> bool:
     """Whether there is a way to quantize to this format here."""
     return codec.format.codebook in ("lloyd", "linear", "half", "bfloat16")
@@ -68,7 +74,7 @@ def encode_half_tile(codec: Codec, order: Lane, y: Registers, guard: Guard | Non
     if kind == "lloyd":
         return _CodebookEncoder(codec, order, y).run(guard)
     if guard is not None:
-        with T.If(any_lane(tir.Not(tir.all(*(tir.abs(value) <= f32(HALF_MAX) for value in y))))), T.Then():
+        with T.If(any_lane(tir.any(*(beyond(value, HALF_MAX) for value in y)))), T.Then():
             guard.repair()
     if kind == "linear":
         return (_bytes if codec.format.bits == 8 else _nibbles)(order, y)
@@ -99,7 +105,8 @@ def share(values: Sequence[Expr], order: Lane, combine: Callable[[Expr, Expr], E
     return list(values)
 
 
-def _half_bits(value: Expr) -> Expr:
+def half_bits(value: Expr) -> Expr:
+    """A float16 as the low half of a word."""
     return scalar(tir.reinterpret("uint16", value).astype("uint32"))
 
 
@@ -125,7 +132,7 @@ class _CodebookEncoder:
         squares = Registers(order.slots, "float32")
         self._measure(squares)
         if guard is not None:
-            with T.If(any_lane(tir.Not(tir.all(*(square <= f32(guard.proof) for square in squares))))), T.Then():
+            with T.If(any_lane(tir.any(*(beyond(square, guard.proof) for square in squares)))), T.Then():
                 guard.repair()
                 self._measure(squares)
         self.norms = [scalar(tir.sqrt(square)) for square in squares]
@@ -191,7 +198,7 @@ class _CodebookEncoder:
         for slot, norm in enumerate(self.norms):
             inner = scalar(shared[slot] * (norm * f32(1 / SCALE))) if self.wants_inner else f32(0)
             square = shared[slot - self.order.slots] if self.wants_square else f32(self.known_square)
-            gains.append(_half_bits(corrected_gain(self.codec.format.gain, norm, inner, square)))
+            gains.append(half_bits(corrected_gain(self.codec.format.gain, norm, inner, square)))
         return gains
 
 
@@ -229,7 +236,7 @@ def _bytes(order: Lane, y: Registers) -> HalfTileCodes:
     gains, inverses = [], []
     for block in _linear_blocks(order):
         scales = [scalar((m / f32(LINEAR_LIMIT)).astype("float16"), "float16") for m in _largest(order, y, block)]
-        gains.append([_half_bits(scale) for scale in scales])
+        gains.append([half_bits(scale) for scale in scales])
         inverses += [[_inverse(scale.astype("float32")) for scale in scales]] * len(block)
     words = []
     for number in range(2 * order.blocks):
@@ -253,7 +260,7 @@ def _nibbles(order: Lane, y: Registers) -> HalfTileCodes:
             negative = _first_sign(order, y, block, slot, largest)
             signed = tir.Select(negative, f32(0) - largest, largest)
             scales.append(scalar((signed / f32(-NIBBLE_ZERO)).astype("float16"), "float16"))
-        gains.append([_half_bits(scale) for scale in scales])
+        gains.append([half_bits(scale) for scale in scales])
         inverses += [[_inverse(scale.astype("float32")) for scale in scales]] * len(block)
     groups = []
     for number in range(2 * order.blocks):

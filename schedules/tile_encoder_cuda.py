@@ -10,6 +10,7 @@ from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.formats import HALF_MAX, Codec, TileLayout
 
+from .block_codes_cuda import BlockCodes
 from .cuda_ops import Registers, i32, scalar, u32
 from .tile_codes_cuda import Guard, HalfTileCodes, encode_half_tile
 from .tile_pack_cuda import Lane, TileStores
@@ -20,13 +21,25 @@ Expr = Any
 
 
 class TileEncoder:
-    """Emits the work of one role; ``rotation`` has been prepared."""
+    """Emits the work of one role; ``rotation`` has been prepared.
 
-    def __init__(self, cache: Any, layout: TileLayout, codec: Codec, rotation: TileRotation, lane: Expr) -> None:
+    ``early``: norms come first (``block_codes_cuda``).
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        layout: TileLayout,
+        codec: Codec,
+        rotation: TileRotation,
+        lane: Expr,
+        early: bool = False,
+    ) -> None:
         self.codec, self.rotation = codec, rotation
         self.order = Lane(rotation.role, codec.head_dim, lane)
         self.stores = TileStores(cache, layout, self.order)
         self.wide = codec.format.bits == 16
+        self.blocks = BlockCodes(codec, rotation, self.order, cache.shape[2] > 0) if early else None
 
     def encode(
         self,
@@ -56,16 +69,57 @@ class TileEncoder:
                     older[index] = newer[index]
             rows = fetch(half)
             # The codes of a half without new tokens are not stored.
-            with T.If(tir.all(half * ROWS < last, half * ROWS + ROWS > first)), T.Then():
-                codes = self._half(rows, adjust)
+            new = scalar(tir.all(half * ROWS < last, half * ROWS + ROWS > first).astype("int32"))
+
+            def store(codes: HalfTileCodes, half: Expr = half) -> None:
                 _when(whole, lambda w: self._store_half(at, i32(half), codes, w), written)
                 if not self.wide:
                     for index, word in enumerate(codes.groups):
                         newer[index] = word
-            release(half)
+
+            if self.blocks is not None:
+                self._early_half(self.blocks, rows, new, store, lambda half=half: release(half))
+            else:
+                with T.If(new != 0), T.Then():
+                    store(self._half(rows, adjust))
+                release(half)
         if not self.wide:
             halves = [list(older), list(newer)]
             _when(whole, lambda w: self.stores.codes(at, halves, w), written)
+
+    def _early_half(
+        self,
+        blocks: BlockCodes,
+        rows: HalfTileRows,
+        new: Expr,
+        store: Callable[[HalfTileCodes], None],
+        release: Callable[[], None],
+    ) -> None:
+        """Half a tile whose norms come first: its rows are held, and need not stay where they are."""
+        operands = blocks.read(rows)
+        if operands.outside is None:
+            release()
+            with T.If(new != 0), T.Then():
+                store(blocks.encode(operands))
+            return
+        groups, gains = Registers(self.order.blocks), Registers(self.order.slots)
+
+        def keep(codes: HalfTileCodes) -> None:
+            for kept, values in ((groups, codes.groups), (gains, codes.gains[0])):
+                for index, value in enumerate(values):
+                    kept[index] = value
+
+        with T.If(operands.outside != 0):
+            with T.Then():
+                values = Registers(self.codec.head_dim // 2, "float32")
+                self.rotation.repair(values, rows, self.order)
+                keep(encode_half_tile(self.codec, self.order, values, None))
+                release()
+            with T.Else():
+                release()
+                keep(blocks.encode(operands))
+        with T.If(new != 0), T.Then():
+            store(HalfTileCodes(list(groups), [list(gains)]))
 
     def _half(self, rows: HalfTileRows, adjust: Callable[[Registers], None] | None) -> HalfTileCodes:
         values = Registers(self.codec.head_dim // 2, "float32")

@@ -11,6 +11,7 @@ sum of two float16 (or three bfloat16), with an error of 2^-24.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tvm.tirx.script.builder import ir as T
 from rotquant_tvm.formats import Codec
 from rotquant_tvm.formats.rotation import Structure, block_reads
 
-from .cuda_ops import WARP, Registers, f32, i32, load_words, scalar, store_words, u32
+from .cuda_ops import WARP, Registers, block_sync, f32, i32, load_words, scalar, store_words, u32
 from .tile_pack_cuda import Lane
 from .tile_rows_cuda import HalfTileRows, brain2, multiply, pack_brain2
 
@@ -52,8 +53,12 @@ def is_exact(codec: Codec) -> bool:
 class TileRotation:
     """R x of half tiles; without layers the identity, which brings values into a tile's order all the same."""
 
-    def __init__(self, codec: Codec, dtype: str, role: str) -> None:
-        """Plan it, emitting nothing; ``dtype`` is the rows' (float32 rows are multiplied as bfloat16)."""
+    def __init__(self, codec: Codec, dtype: str, role: str, scale: float = 1.0) -> None:
+        """Plan it, emitting nothing; ``dtype`` is the rows' (float32 rows are multiplied as bfloat16).
+
+        ``scale``: a power of two that all results are multiplied by.
+        """
+        self.scale = scale
         self.structure, self.head_dim, self.role = codec.rotation.structure, codec.head_dim, role
         self.operand = "f16" if dtype == "float16" else "bf16"
         self.planes = 1 if is_exact(codec) else (2 if self.operand == "f16" else 3)
@@ -61,6 +66,7 @@ class TileRotation:
         count = paths(self.structure, self.head_dim)
         self.possible = bool((count <= 1).all())
         self._reached = count.reshape(self.blocks, 16, self.blocks, 16).any((1, 3))
+        self._sparse = bool((count[self._reached.repeat(16, 0).repeat(16, 1)] == 0).any())
         self._diagonal = not self._reached[~np.eye(self.blocks, dtype=bool)].any()
 
     @property
@@ -78,35 +84,59 @@ class TileRotation:
         """32-bit words of shared memory."""
         return 0 if self.identity else self.planes * self._stored * 4 * WARP
 
-    def prepare(self, shared: Any, coefficients: Any, thread: Expr, threads: int) -> None:
-        """Multiply the layers out, all threads of the block together; it must be waited for before and after.
+    def fetch(self, coefficients: Any, thread: Expr, threads: int) -> None:
+        """Start to multiply the layers out, all threads of the block together; ``coefficients`` is ``Rotation.data``.
 
-        ``shared``: uint16, cleared by ``clear``; ``coefficients`` is ``Rotation.data``.
+        Only loads: what is emitted next need not wait for them.
         """
-        self.shared = shared
         first_block, first_stride = self.structure[0]
         wide = first_block if first_stride == 1 and first_block in (2, 4) else 1
         leaves = self.head_dim * int(np.prod([block for block, _ in self.structure])) // wide
         rounds = -(-leaves // threads)
         together = min(rounds, TOGETHER)
-        with T.serial(0, -(-rounds // together)) as step:
-            numbers = [scalar((step * together + n) * threads + thread, "int32") for n in range(together)]
-            # All their loads before any store, which they would wait for.
-            found = [self._follow(coefficients, tir.min(number, i32(leaves - 1)), wide) for number in numbers]
-            for number, (output, inputs, values) in zip(numbers, found, strict=True):
-                with T.If(number < leaves), T.Then():
-                    for first in range(0, wide, 2):
-                        self._store(output, inputs + first, values[first : first + 2])
 
-    def clear(self, shared: Any, thread: Expr, threads: int) -> None:
-        """Set the matrix to zero."""
+        def load(step: Expr) -> list[_Path]:
+            numbers = [scalar((step * together + n) * threads + thread, "int32") for n in range(together)]
+            return [self._load_path(coefficients, number, leaves, wide) for number in numbers]
+
+        self._first, self._load_more, self._steps = load(i32(0)), load, -(-rounds // together)
+
+    def prepare(self, shared: Any, thread: Expr, threads: int) -> None:
+        """Multiply them out, into ``shared`` (uint16); the block's threads wait for each other after it."""
+        self.shared = shared
+        if self._sparse:
+            self._clear(shared, thread, threads)
+            block_sync()
+        self._multiply_out(self._first)
+        if self._steps > 1:
+            with T.serial(0, self._steps - 1) as step:
+                # All their loads before any store, which they would wait for.
+                self._multiply_out(self._load_more(step + 1))
+        block_sync()
+
+    def _multiply_out(self, found: Sequence[_Path]) -> None:
+        for path in found:
+            with T.If(path.exists), T.Then():
+                product = None
+                for factor in path.factors[1:]:
+                    product = factor if product is None else scalar(product * factor)
+                if self.scale != 1:
+                    product = f32(self.scale) if product is None else scalar(product * f32(self.scale))
+                values = path.factors[0]
+                for first in range(0, len(values), 2):
+                    pair = values[first : first + 2]
+                    pair = pair if product is None else [scalar(value * product) for value in pair]
+                    self._store(path.output, path.inputs + first, pair)
+
+    def _clear(self, shared: Any, thread: Expr, threads: int) -> None:
         with T.serial(0, -(-self.words // (4 * threads))) as step:
             at = (step * threads + thread) * 4
             with T.If(at < self.words), T.Then():
                 store_words(shared, [at * 2], [u32(0)] * 4, "shared")
 
-    def _follow(self, coefficients: Any, leaf: Expr, wide: int) -> tuple[Expr, Expr, list[Expr]]:
-        """(output, first input, entries) of one path, or of ``wide`` of them that differ in the first layer alone."""
+    def _load_path(self, coefficients: Any, number: Expr, leaves: int, wide: int) -> _Path:
+        """One path, or ``wide`` of them that differ in the first layer alone."""
+        leaf = tir.min(number, i32(leaves - 1))
         offsets = np.cumsum([0, *(block * self.head_dim for block, _ in self.structure)])
         widths = [block for block, _ in self.structure]
         widths[0] //= wide
@@ -115,19 +145,18 @@ class TileRotation:
             digits.append(scalar(leaf % width, "int32") if width > 1 else tir.const(0, "int32"))
             leaf = leaf // width
         output = scalar(leaf, "int32")
-        row, product = output, None
-        for number in reversed(range(1, len(self.structure))):
-            block, stride = self.structure[number]
+        row, factors = output, []
+        for layer in reversed(range(1, len(self.structure))):
+            block, stride = self.structure[layer]
             factor = Registers(1, "float32")
-            load_words(factor, 0, coefficients, [row * block + digits[number] + int(offsets[number])], 1, "global.nc")
-            product = factor[0] if product is None else scalar(product * factor[0])
-            row = scalar(self._base(row, block, stride) + digits[number] * stride, "int32")
+            load_words(factor, 0, coefficients, [row * block + digits[layer] + int(offsets[layer])], 1, "global.nc")
+            factors.append(factor[0])
+            row = scalar(self._base(row, block, stride) + digits[layer] * stride, "int32")
         block, stride = self.structure[0]
-        factors = Registers(wide, "float32")
-        load_words(factors, 0, coefficients, [row * block + digits[0] * wide], wide, "global.nc")
+        first = Registers(wide, "float32")
+        load_words(first, 0, coefficients, [row * block + digits[0] * wide], wide, "global.nc")
         inputs = scalar(self._base(row, block, stride) + digits[0] * (wide * stride), "int32")
-        values = [factor if product is None else scalar(factor * product) for factor in factors]
-        return output, inputs, values
+        return _Path(number < leaves, output, inputs, [list(first), *factors])
 
     def _base(self, row: Expr, block: int, stride: int) -> Expr:
         if stride > 1:
@@ -170,6 +199,26 @@ class TileRotation:
         self._multiply(total, rows.operands, order)
 
     @property
+    def period(self) -> int:
+        """So many blocks of 16 outputs after another, a block needs the same inputs; ``blocks`` if none does."""
+        steps = [n for n in range(1, self.blocks) if self.blocks % n == 0]
+        same = (n for n in steps if (self._reached[n:] == self._reached[:-n]).all())
+        return next(same, self.blocks)
+
+    def rotated(self, k: int, words: Sequence[Expr], order: Lane, ahead: Expr = 0) -> Registers:
+        """Dims 16k … of R x: the element (a, r, u) at a·4 + r·2 + u. ``words``: the rows' operands, four to 16 dims.
+
+        ``ahead``: a multiple of ``period`` to add to k.
+        """
+        total = Registers(8, "float32")
+        total.fill(f32(0))
+        for inputs in range(self.blocks):
+            for plane in range(self.planes) if self._reached[k, inputs] else ():
+                matrix = self._load(plane, k, inputs, order, ahead * (1 if self._diagonal else self.blocks))
+                self._block(total, 0, matrix, words[4 * inputs : 4 * inputs + 4])
+        return total
+
+    @property
     def plain(self) -> bool:
         """Whether the elements are read one by one, and clipped then."""
         return self.identity and self.role == "k"
@@ -196,8 +245,8 @@ class TileRotation:
                         for row in terms[: max(1, 3 - plane)]:  # further products are below the terms' own error
                             self._block(total, outputs, matrix, row)
 
-    def _load(self, plane: int, outputs: int, inputs: int, order: Lane) -> list[Expr]:
-        block = plane * self._stored + (outputs if self._diagonal else outputs * self.blocks + inputs)
+    def _load(self, plane: int, outputs: int, inputs: int, order: Lane, ahead: Expr = 0) -> list[Expr]:
+        block = ahead + plane * self._stored + (outputs if self._diagonal else outputs * self.blocks + inputs)
         matrix = Registers(4)
         load_words(matrix, 0, self.shared, [block * (8 * WARP) + order.lane * 8], 4, "shared")
         return list(matrix)
@@ -216,6 +265,16 @@ class TileRotation:
         first = tir.Select(g == 2 * t, u32(one), tir.Select(g == 2 * t + 1, u32(one << 16), u32(0)))
         word = scalar(first)
         return [word, u32(0), u32(0), word]
+
+
+@dataclass(frozen=True)
+class _Path:
+    """From ``inputs`` … through the layers to an output: the first layer's coefficients, then one of each other."""
+
+    exists: Expr
+    output: Expr
+    inputs: Expr
+    factors: list[Any]
 
 
 class _Half:

@@ -22,6 +22,7 @@ from .cuda_ops import (
     f32,
     float_of,
     half2,
+    i32,
     load_words,
     ptx,
     scalar,
@@ -36,8 +37,8 @@ BRAIN_LIMIT = 0x477F
 """65280, the largest bfloat16 within the finite float16 range; 224 more are the limit of stored values."""
 BRAIN_REST = 0x4360
 
-Source = Callable[[Expr, Expr], tuple[Any, Sequence[Expr], Expr]]
-"""(row, element) -> the array and index that 16 bytes of a row come from, and whether it is wanted (else zeros)."""
+Source = Callable[[Expr, Expr], tuple[Any, list[Expr]]]
+"""(row, element) -> the array and index that 16 bytes of a row come from."""
 
 
 def clip(value: Expr) -> Expr:
@@ -83,14 +84,30 @@ class HalfTileRows:
 
     def copy(self, source: Source) -> None:
         """Start copying all rows, 16 bytes to a lane and step."""
+        for step in range(self.head_dim // self.unit * ROWS // WARP):
+            array, index, to = self._unit_of(source, step)
+            ptx("cp.async.cg.shared.global", to, array.ptr_to(index), 16)
+
+    def copy_some(self, source: Source, first: Expr, last: Expr) -> None:
+        """Start copying rows ``first`` … ``last`` - 1; the others become zeros."""
+        with T.serial(0, self.head_dim // self.unit * ROWS // WARP) as step:
+            row, _ = self._row_and_unit(i32(step))
+            array, index, to = self._unit_of(source, i32(step))
+            size = tir.Select(tir.all(row >= first, row < last), u32(16), u32(0))
+            ptx("cp.async.cg.shared.global", to, array.ptr_to(index), 16, size)
+
+    def _row_and_unit(self, step: Any) -> tuple[Expr, Expr]:
+        """What this lane copies in a step: which row, and which 16 bytes of it."""
         units = self.head_dim // self.unit
-        for step in range(units * ROWS // WARP):
-            number = self.lane + step * WARP
-            row, unit = number // units, number % units
-            array, index, wanted = source(row, unit * self.unit)
-            size = tir.Select(wanted, u32(16), u32(0))
-            to = self.shared.ptr_to([self.first + row * self.pitch + unit * 8])
-            ptx("cp.async.cg.shared.global", to, array.ptr_to(list(index)), 16, size)
+        if WARP % units == 0:
+            return self.lane // units + step * (WARP // units), self.lane % units
+        number = self.lane + step * WARP
+        return number // units, number % units
+
+    def _unit_of(self, source: Source, step: Any) -> tuple[Any, list[Expr], Expr]:
+        row, unit = self._row_and_unit(step)
+        array, index = source(row, unit * self.unit)
+        return array, index, self.shared.ptr_to([self.first + row * self.pitch + unit * 8])
 
     # Operands
 
@@ -196,3 +213,9 @@ def multiply(total: Registers, at: int, left: Sequence[Expr], right: Sequence[Ex
     """total[at … at+3] += left·right, 16×16 by 16×8, float32 sums."""
     lanes = [total[at + k] for k in range(4)]
     ptx(f"mma.sync.aligned.m16n8k16.row.col.f32.{operand}.{operand}.f32", *lanes, *left, *right, *lanes)
+
+
+def multiply_eight(total: Registers, left: Sequence[Expr], right: Expr, operand: str) -> None:
+    """total[0 … 3] += left·right, 16×8 by 8×8, float32 sums."""
+    lanes = list(total)
+    ptx(f"mma.sync.aligned.m16n8k8.row.col.f32.{operand}.{operand}.f32", *lanes, *left, right, *lanes)

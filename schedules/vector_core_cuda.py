@@ -24,7 +24,7 @@ have 9.6 accesses without bank conflicts, and the table's random places conflict
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,11 @@ from rotquant_tvm.formats import Codebook
 from rotquant_tvm.formats.gains import HALF_MAX, IP_FLOOR
 from rotquant_tvm.ops.codec_shape import CodecShape
 
+from .code_exchange_cuda import CodeExchange
 from .code_lookup_cuda import CodeLookup
 from .cuda_ops import WARP, Registers, block_sync, f32, ptx, scalar
-from .held_rotation_cuda import REGISTER_WEIGHTS, HeldRotation, load_rotations
+from .exchanged_rotation_cuda import ExchangedRotation
+from .held_rotation_cuda import REGISTER_WEIGHTS, HeldRotation, default_budget, load_rotations
 from .vector_lanes_cuda import VectorLanes
 
 Expr = Any
@@ -67,20 +69,27 @@ class VectorCore:
         *,
         codes: bool,
         table: bool | None = None,
-        weights: int = REGISTER_WEIGHTS,
+        weights: int | None = REGISTER_WEIGHTS,
         staged: bool = False,
+        exchange: bool = False,
     ) -> None:
         """Plan for a format.
 
-        ``codes`` and ``table`` are those of ``CodeLookup`` (None: as many bits suggest), ``weights`` the budget of
-        ``HeldRotation`` and ``staged`` its too.
+        ``codes`` and ``table`` are those of ``CodeLookup`` (None: as many bits suggest), ``weights`` the budget of the
+        rotation (None: its default), ``staged`` that of ``HeldRotation``. ``exchange``: whether elements may be in any
+        order between ``encode`` and ``decode`` (``exchanged_rotation_cuda``), if the rotation has several layers.
         """
         self.shape, self.lanes = shape, lanes
         book = Codebook(shape.bits, shape.head_dim)
         self.lookup = CodeLookup(book, codes=codes, table=shape.bits >= TABLE_BITS if table is None else table)
         self.scale = float(book.scale)
-        self.rotation = HeldRotation(lanes, shape.structure, budget=weights, staged=staged)
-        self.inverse = self.rotation.inverse(weights)
+        several = len(shape.structure) > 1
+        self.exchanged: ExchangedRotation | None = None
+        if exchange and several and ExchangedRotation.possible(lanes, shape.structure):
+            self.exchanged = ExchangedRotation(lanes, shape.structure, budget=weights)
+        budget = default_budget(shape.structure) if weights is None else weights
+        self.rotation = HeldRotation(lanes, shape.structure, budget=budget, staged=staged)
+        self.inverse = self.rotation.inverse(budget)
         self.lane: Expr = None
         self.group: Expr = None
 
@@ -88,6 +97,18 @@ class VectorCore:
     def possible(shape: CodecShape, lanes: VectorLanes) -> bool:
         """Whether a format has a plain codebook and a rotation of small blocks."""
         return shape.codebook == "lloyd" and HeldRotation.possible(lanes, shape.structure)
+
+    @property
+    def registers(self) -> int:
+        """How many registers a lane keeps throughout: those of weights."""
+        if self.exchanged is not None:
+            return self.exchanged.register_weights
+        return self.rotation.register_weights() + self.inverse.register_weights()
+
+    @property
+    def resident(self) -> int:
+        """How many blocks the compiler is to fit into a multiprocessor; 0 for as many as come."""
+        return 0 if self.exchanged is None else self.exchanged.resident
 
     def place(self, thread: Expr) -> None:
         """Compute ``lane``, the thread's number in its vector, and ``group``, its vector's among those of the warp."""
@@ -99,14 +120,20 @@ class VectorCore:
         To be called by all threads of the block, which it waits for; after ``place``.
         """
         self.lookup.load(thread, warps * WARP)
+        if self.exchanged is not None:
+            self.exchanged.load(rotation, self.lane, thread, warps)
+            return
         self.rotation.place(self.lane)
         self.inverse.place(self.lane)
         parts = [(self.rotation, rotation)] + ([] if inverse is None else [(self.inverse, inverse)])
         if load_rotations(parts, thread, warps):
             block_sync()
 
-    def encode(self, vectors: Sequence[Registers]) -> list[EncodedVector]:
-        """Encode vectors of float32 registers, which are clipped in place where they are beyond float16."""
+    def encode(self, vectors: Sequence[Registers], then: Callable[[], None] | None = None) -> list[EncodedVector]:
+        """Encode vectors of float32 registers, which are clipped in place where they are beyond float16.
+
+        ``then`` emits something as soon as the vectors' registers are free.
+        """
         squares = self.lanes.square_norms(vectors)
         inverses, norms = [], []
         for square in squares:
@@ -115,7 +142,9 @@ class VectorCore:
             some = square[0] >= f32(2.0**-126)
             inverses.append(scalar(tir.Select(some, root[0], f32(0))))
             norms.append(scalar(square[0] * inverses[-1]))
-        rotated = self.rotation.apply(vectors)
+        rotated = (self.exchanged or self.rotation).apply(vectors)
+        if then is not None:
+            then()
         values = self.lookup.select(rotated, norms, inverses)
         for value in values:
             for r in range(value.count):
@@ -156,7 +185,12 @@ class VectorCore:
 
     def code_words(self, vector: EncodedVector) -> list[list[Expr]]:
         """The words of codes, a byte each, of each chunk; of a core with ``codes``."""
-        return self.lanes.byte_words(list(vector.values))
+        words = self.lanes.byte_words(list(vector.values))
+        if self.exchanged is None:
+            return words
+        ordered = CodeExchange(self.exchanged, self.lane).back([word for part in words for word in part])
+        each = len(words[0])
+        return [ordered[k : k + each] for k in range(0, len(ordered), each)]
 
     def store_gains(self, vector: EncodedVector, gain: Any, row: Expr) -> None:
         """Store the gain, float16 [rows, 1], from the vector's first lane."""
@@ -172,6 +206,8 @@ class VectorCore:
             for r, value in enumerate(vector.values):
                 registers[r] = self.lookup.grid_value(value) * factor
             scaled.append(registers)
+        if self.exchanged is not None:
+            return self.exchanged.apply_inverse(scaled)
         return self.rotation.apply_inverse(scaled, self.inverse)
 
 

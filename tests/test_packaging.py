@@ -16,7 +16,10 @@ import pytest
 import rotquant_tvm
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("passes", "schedules", "tuning_logs", "formats.rotations", "cli", "runtime", "frontend", "ops")
+PACKAGES = (
+    *("passes", "schedules", "tuning_logs", "formats.rotations", "cli", "runtime", "frontend", "ops"),
+    "integrations",
+)
 
 pytestmark = pytest.mark.slow
 

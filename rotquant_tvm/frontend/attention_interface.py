@@ -68,7 +68,7 @@ class Trace:
 
         Masks are functions of indices; they are evaluated after the run, since a traced run has no values.
         """
-        if not all(_is_causal(mask_function, window) for mask_function, window in self.masks):
+        if not all(is_causal_mask(mask_function, window) for mask_function, window in self.masks):
             raise ModelError(
                 f"{self.model_type!r} asks for a mask that is neither causal nor causal with a window"
             )
@@ -111,7 +111,7 @@ def answer_mask(
     return CausalMask(local_size)
 
 
-def _is_causal(mask_function: Any, window: int | None) -> bool:
+def is_causal_mask(mask_function: Any, window: int | None) -> bool:
     """Compare a mask function of transformers with the causal one where a difference would show."""
     edge = window if window is not None else 64
     near = {edge * m + o for m in (0, 1, 2, 3) for o in (-2, -1, 0, 1, 2)}

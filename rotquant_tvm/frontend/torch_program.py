@@ -12,6 +12,7 @@ from torch.export.graph_signature import InputKind
 from tvm import relax
 
 from rotquant_tvm.errors import ModelError
+from rotquant_tvm.frontend.folded_numbers import with_folded_numbers
 from rotquant_tvm.frontend.imported_model import ImportedModel, TokenizerData
 from rotquant_tvm.frontend.normalize import normalize_step
 from rotquant_tvm.frontend.repeated_heads import without_repeated_heads
@@ -39,7 +40,8 @@ def program_step(program: ExportedProgram, source: str) -> StepGraph:
         program = decomposed_if_needed(program, PROGRAM_CONVERTERS, WHOLE, source)
     step = opened(program, inputs, source)
     settle_sizes(step.program)
-    mod = without_repeated_heads(to_relax(step.program, PROGRAM_CONVERTERS, source))
+    mod = with_folded_numbers(to_relax(step.program, PROGRAM_CONVERTERS, source))
+    mod = without_repeated_heads(mod)
     function, names = _without_unread_weights(mod["main"], len(step.inputs))
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
     weight_names = [targets[name] for name in names]

@@ -145,9 +145,8 @@ def _rms_norm(node: fx.Node, importer: Any) -> relax.Var:
 
 
 def _repeat_interleave(node: fx.Node, importer: Any) -> relax.Var:
+    """Along an axis; without one, of all elements in a row."""
     given = _arguments(node, importer)
-    if given["dim"] is None:
-        raise ModelError("repeat_interleave without a dim is not supported")
     return importer.block_builder.emit(R.repeat(given["self"], given["repeats"], given["dim"]))
 
 

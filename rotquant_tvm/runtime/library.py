@@ -135,9 +135,13 @@ class CompiledLibrary:
         return VirtualMachine(self._module, self.device)
 
 
-def _placed(array: np.ndarray | Tensor, device: Device) -> Tensor:
-    there = isinstance(array, Tensor) and array.device == device
-    return array if there else tvm.runtime.tensor(array, device)
+def _placed(array: Any, device: Device) -> Tensor:
+    """The array on the device; what lies there already (a torch tensor too) is not copied."""
+    if not isinstance(array, np.ndarray | Tensor) and hasattr(array, "__dlpack__"):
+        array = tvm.runtime.from_dlpack(array)
+    if isinstance(array, Tensor) and array.device != device:
+        return array.copyto(device)
+    return array if isinstance(array, Tensor) else tvm.runtime.tensor(array, device)
 
 
 def require_positive(name: str, value: object) -> None:

@@ -37,11 +37,16 @@ def schedule_with(mod: IRModule, space: s_tir.schedule.Trace, knobs: Mapping[str
     sch = s_tir.Schedule(mod)
     if not knobs:
         return sch
-    names = iter(knobs)
+    sampled, decided = None, []
     for instruction in space.insts:
         if str(instruction.kind.name) == _SAMPLE:
-            choices = [int(value) for value in instruction.attrs[0]]
-            space = space.with_decision(instruction, choices.index(knobs[next(names)]), remove_postproc=False)
+            sampled = instruction
+        elif sampled is not None and instruction.attrs:
+            decided.append((sampled, knobs[str(instruction.attrs[0]).removeprefix(ANNOTATION)]))
+            sampled = None
+    for instruction, knob in decided:
+        choices = [int(value) for value in instruction.attrs[0]]
+        space = space.with_decision(instruction, choices.index(knob), remove_postproc=False)
     space.apply_to_schedule(sch, remove_postproc=False)
     return sch
 

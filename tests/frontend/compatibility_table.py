@@ -42,7 +42,8 @@ order differ by 1e-6.
 
 *transformers*: the model object, as from a directory or a .gguf file. *torch.export*: a program with past keys and
 values in and out that the user exported. *ONNX*: the same, written by `torch.onnx.export(dynamo=True)` at opset
-{OPSET}. *windows* are the layers' sliding windows, *cap* is the soft-capping of attention.
+{OPSET}. Mixtures of experts are exported with `set_experts_implementation("batched_mm")`, models with a cap with eager
+attention. *windows* are the layers' sliding windows, *cap* is the soft-capping of attention.
 
 """
 

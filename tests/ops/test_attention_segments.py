@@ -8,6 +8,7 @@ import pytest
 from rotquant_tvm import ops
 from rotquant_tvm.cache_policy import CachePolicy
 
+from ..sampling import sampled
 from .cases import Case
 from .reference import attention, check_output
 from .segmented import SegmentedCache
@@ -31,7 +32,7 @@ def filled(kernels, rng, case, policy):
     return cache
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("window", sampled([None, 50], [50]))
 @pytest.mark.parametrize("splits", [1, 5])
 @pytest.mark.parametrize(("case", "policy"), CASES, ids=str)
 def test_decode(kernels, rng, poisoned, case, policy, splits, window):
@@ -55,7 +56,7 @@ def test_decode(kernels, rng, poisoned, case, policy, splits, window):
     check_output(actual, np.stack(expected))
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("window", sampled([None, 50], [50]))
 @pytest.mark.parametrize(("case", "policy"), CASES, ids=str)
 def test_prefill(kernels, rng, poisoned, case, policy, window):
     """The chunk's tokens see the past as it was before they came, and each other unquantized."""

@@ -11,6 +11,7 @@ from rotquant_tvm.kv_cache_config import KVCacheConfig
 
 from .cached_step import operators
 from .numpy_attention import run_main
+from .simulated_function import calls
 from .tiny_model import VOCAB, TinyModel
 
 
@@ -33,12 +34,15 @@ def test_simulation_is_numpys_round_trip(pair):
     assert np.abs(np.array(plain) - expected).max() > 1e-3
 
 
-def test_simulation_works_without_a_cache():
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.8, "window": 4}], ids=["plain", "capped-window"])
+def test_simulation_works_without_a_cache(options):
+    """With attention as the model has it: TVM compiles the result by itself."""
+
     class NoCache(TinyModel):
         def join(self, bb, past, new):
             return new
 
-    model, config = NoCache(layers=1), KVCacheConfig.parse("planar2")
+    model, config = NoCache(layers=1, **options), KVCacheConfig.parse("planar2")
     mod = QuantizeKVCache(config, simulate=True)(model.module())
     codecs = config.codecs(0, 1, model.head_dim)
     ids = np.random.default_rng(2).integers(0, VOCAB, (1, 9))
@@ -46,6 +50,7 @@ def test_simulation_works_without_a_cache():
     def held(_, new):
         return [codec.decode(codec.encode(x)) for codec, x in zip(codecs, new, strict=True)]
 
+    assert not any("attention" in name for name in calls(mod["main"]))
     expected = model.forward(ids[0], model.empty_past(), held)[0]
     np.testing.assert_allclose(run_main(model, mod, ids)[0], expected, atol=1e-4)
 

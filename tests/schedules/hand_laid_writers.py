@@ -49,7 +49,9 @@ class HandLaidWriters(Kernels):
         if key not in self._compiled:
             kernel = None
             if operator in self.WRITERS:
-                kernel = self.WRITERS[operator](site_shape(operator, arguments), self.target, **self.knobs)
+                words = (arguments[2],) if operator is ops.append_plain else ()
+                shape = site_shape(operator, arguments)
+                kernel = self.WRITERS[operator](shape, self.target, *words, **self.knobs)
             if kernel is not None:
                 self.laid_out.add(operator)
             else:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from .simulated_gpu import SPECIAL, WARP, dtype_of
-from .simulated_tensor_cores import TensorCoreBlock, TensorCoreGPU
+from .simulated_tensor_cores import RING, TensorCoreBlock, TensorCoreGPU
 
 
 class DecodeGPU(TensorCoreGPU):
@@ -65,6 +65,25 @@ class DecodeBlock(TensorCoreBlock):
             copied = self.gpu.memory[source][start[thread] : start[thread] + count]
             assert len(copied) == count
             self.shared[target][at[thread] : at[thread] + count] = copied
+
+    def call_ptx_ld(self, args, words, expr) -> None:
+        """Also at an address in shared memory that is a number."""
+        *targets, address = args
+        if dtype_of(address) != "uint32":
+            super().call_ptx_ld(args, words, expr)
+            return
+        ((buffer, memory),) = self.shared.items()
+        unit = np.dtype(f"u{int(words[-1][1:]) // 8}")
+        (target,), place = targets, self.value(address).astype(np.int64) - RING
+        assert (place[self.active] % unit.itemsize == 0).all(), f"{buffer}: an unaligned access"
+        units = memory.view(unit)
+        loaded = units[self._checked(place // unit.itemsize, len(units), buffer)]
+        self._set(target, loaded.astype(dtype_of(target)))
+
+    def call_ptx_mad_int(self, args, words, expr) -> None:
+        assert words == ["lo", "u32"]
+        a, b, c = (self._words(v) for v in args[1:])
+        self._set(args[0], a * b + c)
 
     def call_ptx_prmt(self, args, words, expr) -> None:
         low, high, selector = (self._words(v) for v in args[1:])

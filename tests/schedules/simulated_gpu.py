@@ -85,6 +85,9 @@ class _Block:
         else:
             self.local[buffer] = np.tile(junk, (self.threads, 1))
 
+    def run_AttrStmt(self, stmt) -> None:
+        self.run(stmt.body)
+
     def run_BufferStore(self, stmt) -> None:
         self.write(stmt.buffer, self.offset(stmt.buffer, stmt.indices), [self.value(stmt.value)])
 
@@ -278,6 +281,8 @@ class _Block:
         result = exact.astype(np.float32)
         if "rp" in words:
             result = np.where(result < exact, np.nextafter(result, np.float32(np.inf)), result)
+        if "rz" in words:
+            result = np.where(np.abs(result) > np.abs(exact), np.nextafter(result, np.float32(0)), result)
         if "sat" in words:
             result = np.clip(np.nan_to_num(result, nan=0), 0, 1).astype(np.float32)
         self._set(args[0], result)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 
 from . import simulated_gpu
@@ -72,9 +73,9 @@ class TensorCoreBlock(simulated_gpu._Block):
     def _words(self, expr):
         return np.ascontiguousarray(self.value(expr)).view(np.uint32)
 
-    def _halves(self, expr):
-        """[threads, 2] float16 of a word."""
-        return self._words(expr).reshape(-1, 1).view(np.float16).astype(np.float64)
+    def _halves(self, expr, dtype=np.float16):
+        """[threads, 2] float16 or bfloat16 of a word."""
+        return self._words(expr).reshape(-1, 1).view(dtype).astype(np.float64)
 
     def call_exp(self, args, words, expr):
         return np.exp(self.value(args[0]))
@@ -109,21 +110,25 @@ class TensorCoreBlock(simulated_gpu._Block):
             self._set(target, np.ascontiguousarray(pair).view(np.uint32)[:, 0])
 
     def call_ptx_mma(self, args, words, expr) -> None:
-        assert "m16n8k16" in words
-        sums, a, b = args[:4], [self._halves(x) for x in args[4:8]], [self._halves(x) for x in args[8:10]]
+        assert "m16n8k16" in words or "m16n8k8" in words
+        parts = 2 if "m16n8k16" in words else 1  # eights of the inner dimension
+        dtype = ml_dtypes.bfloat16 if "bf16" in words else np.float16
+        sums, *halves = args[:4], *(self._halves(x, dtype) for x in args[4 : 4 + 3 * parts])
+        a, b = halves[: 2 * parts], halves[2 * parts :]
         lane, warp = self.lane % WARP, self.lane // WARP
         g, t = lane // 4, lane % 4
         count = self.threads // WARP
-        left, right = np.zeros((count, 16, 16)), np.zeros((count, 16, 8))
-        for part in range(4):
+        left, right = np.zeros((count, 16, 8 * parts)), np.zeros((count, 8 * parts, 8))
+        for part in range(2 * parts):
             for k in range(2):
                 left[warp, g + 8 * (part % 2), 2 * t + k + 8 * (part // 2)] = a[part][:, k]
-        for part in range(2):
+        for part in range(parts):
             for k in range(2):
                 right[warp, 2 * t + k + 8 * part, g] = b[part][:, k]
         product = left @ right
         for part, target in enumerate(sums):
-            value = self.value(args[10 + part]) + product[warp, g + 8 * (part // 2), 2 * t + part % 2]
+            before = self.value(args[4 + 3 * parts + part])
+            value = before + product[warp, g + 8 * (part // 2), 2 * t + part % 2]
             self._set(target, value.astype(np.float32))
 
     def call_cuda_cvta_generic_to_shared(self, args, words, expr):

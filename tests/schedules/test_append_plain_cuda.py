@@ -19,6 +19,8 @@ from .cuda_targets import ARCHITECTURES, cubin, target_of
 from .hand_laid_writers import HandLaidWriters
 
 rng = _rng
+WORDS = 800
+"""Of a tile."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def shape_of(policy, dtype="float16"):
 
 
 def test_a_definition_without_a_shape_is_declined():
-    func = ops.append_plain(2, 128, 800, "float16", POLICIES[0], ops.Axes("cuda"))
+    func = ops.append_plain(2, 128, WORDS, "float16", POLICIES[0], ops.Axes("cuda"))
     assert append_plain_cuda(func, target_of("sm_90a")) is None
     kernel = append_plain_cuda(shape_of(POLICIES[0]).attach(func), target_of("sm_90a"))
     assert [p.name for p in kernel.params] == [p.name for p in func.params]
@@ -45,4 +47,4 @@ def test_a_definition_without_a_shape_is_declined():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("policy", POLICIES[::3], ids=lambda p: p.name)
 def test_it_becomes_machine_code(arch, dtype, policy):
-    assert cubin(lambda target: append_plain_kernel(shape_of(policy, dtype), target), arch)
+    assert cubin(lambda target: append_plain_kernel(shape_of(policy, dtype), target, WORDS), arch)

@@ -44,7 +44,15 @@ CASES = [
     Case("q4_0/q8_0", 96, 5, 5),
     Case("q8_0/iso3-full", 96, 12, 2),
     Case("turbo4/q8_0", 256, 4, 1),
+    *(Case(f"hurwitz{bits}+tcq", head_dim, 8, 2) for bits in (2, 3, 4) for head_dim in (48, 64, 80, 128, 256)),
+    Case("hurwitz3+tcq", 128, 11, 1),
+    Case("hurwitz2+tcq/planar4+tcq", 96, 6, 3),
+    Case("hurwitz3+tcq/hurwitz3", 128, 16, 1),
+    Case("hurwitz4/iso2+tcq", 112, 5, 5),
+    Case("f16/hurwitz4+tcq", 64, 12, 2),
+    Case("hurwitz3+tcq/q8_0", 96, 3, 1),
 ]
+TRELLIS = Case("hurwitz3+tcq", 128, 8, 2)
 SEGMENTED = [
     (Case("hurwitz3", 128, 8, 2), CachePolicy(sinks=4, recent=8, center=64)),
     (Case("hurwitz3", 64, 9, 3), CachePolicy(sinks=4, recent=32, center=64)),
@@ -53,7 +61,10 @@ SEGMENTED = [
     (Case("hurwitz2", 96, 12, 1), CachePolicy(recent=9)),
     (Case("q8_0/hurwitz3", 96, 7, 1), CachePolicy(sinks=4, recent=64)),
     (Case("turbo2", 128, 4, 2), CachePolicy(sinks=4, recent=3, center=96, defer=50)),
+    (Case("hurwitz2+tcq", 64, 4, 2), CachePolicy(sinks=4, recent=8, center=64)),
 ]
+RAW = [(case, NO_POLICY) for case in (Case("hurwitz3", 128, 8, 2), Case("iso3/rotor2", 80, 11, 1), TRELLIS)]
+RAW += SEGMENTED[0], SEGMENTED[3], SEGMENTED[-1]
 STEPS = ([70, 0, 3, 33], [130, 40, 1, 0], [1, 1, 1, 1], [64, 65, 1, 200])
 KNOB_CASES = [{"warps": 8, "stages": 2, "blocks": 132}, {"warps": 4, "stages": 3, "blocks": 2000}, {"blocks": 1}]
 
@@ -117,7 +128,12 @@ def check_case(decode, rng, case, lengths=LENGTHS, tiles=32, dtype="float32", wi
     cache = filled_cache(rng, case.codecs, case.kv_heads, tiles, lengths)
     q = rng.standard_normal((len(lengths), 1, case.heads, case.head_dim)).astype(dtype)
     actual = decode.run(shape_of(case, dtype, window), [q, cache, lengths], knobs)
-    check(actual, expected_of(case, q, cache, lengths, window), 2e-3)
+    check(actual, expected_of(case, q, cache, lengths, window), extreme_limit(case))
+
+
+def extreme_limit(case):
+    """For scores as high as those of random caches: q8_0 and q4_0 keys are rounded to float16, which moves them."""
+    return 8e-3 if case.codecs[0].format.codebook == "linear" else 2e-3
 
 
 def gentle_cache(rng, case, tiles, lengths):
@@ -143,11 +159,7 @@ def test_ordinary_scores_to_one_in_a_thousand(decode, rng, case):
 @requires_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(
-    ("case", "policy"),
-    [(Case("hurwitz3", 128, 8, 2), NO_POLICY), (Case("iso3/rotor2", 80, 11, 1), NO_POLICY), SEGMENTED[0], SEGMENTED[3]],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "policy"), RAW, ids=str)
 def test_raw_queries_and_outputs(decode, rng, case, policy, dtype):
     """The kernel rotates queries and un-rotates outputs itself."""
     lengths = np.array([1, 200, 1000], np.int32)
@@ -182,7 +194,7 @@ def test_ragged_batches(decode, rng, case, dtype):
 @requires_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [1, 7, 32, 40, 500])
-@pytest.mark.parametrize("case", [Case("hurwitz3", 128, 8, 2), Case("f16", 64, 4, 2)], ids=str)
+@pytest.mark.parametrize("case", [Case("hurwitz3", 128, 8, 2), Case("f16", 64, 4, 2), TRELLIS], ids=str)
 def test_sliding_windows(decode, rng, case, window):
     check_case(decode, rng, case, window=window)
 
@@ -190,7 +202,7 @@ def test_sliding_windows(decode, rng, case, window):
 @requires_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("knobs", KNOB_CASES, ids=str)
-@pytest.mark.parametrize("case", [Case("hurwitz3", 128, 8, 2), Case("f16/iso4", 80, 7, 1)], ids=str)
+@pytest.mark.parametrize("case", [Case("hurwitz3", 128, 8, 2), Case("f16/iso4", 80, 7, 1), TRELLIS], ids=str)
 def test_knobs_do_not_change_the_result(decode, rng, case, knobs):
     check_case(decode, rng, case, knobs=tuple(knobs.items()))
 
@@ -253,7 +265,9 @@ def test_segments(decode, rng, case, policy, window):
         (CASES[17], NO_POLICY),
         (Case("f16/hurwitz3", 96, 5, 1), NO_POLICY),
         (Case("q8_0/q4_0", 80, 6, 2), NO_POLICY),
+        pytest.param(Case("hurwitz2+tcq/planar4+tcq", 80, 6, 3), NO_POLICY, marks=pytest.mark.full),
         SEGMENTED[2],
+        SEGMENTED[-1],
     ],
     ids=str,
 )
@@ -269,7 +283,7 @@ def test_the_rule_takes_what_it_has_and_declines_the_rest():
         common = (*case.codecs, case.heads, case.kv_heads, SCALE, "float32", ops.Axes("cuda"))
         definition = shape.attach(ops.attention_decode(*common))
         kernel = attention_decode_cuda(definition, target)
-        taken = all(codec.format.codebook in ("lloyd", "half", "linear") for codec in case.codecs)
+        taken = all(codec.format.codebook in ("lloyd", "half", "linear", "trellis") for codec in case.codecs)
         assert (kernel is not None) == taken
         if kernel is not None:
             names = [str(p.name) for p in kernel.params if "arrivals" not in str(p.name)]

@@ -30,7 +30,7 @@ CASES = [
     *FORMAT_CASES,
     Case("hurwitz3", 32, 3, 1),
     Case("iso3/planar4", 112, 6, 2),
-    Case("hurwitz2/turbo4", 160, 10, 2),
+    Case("hurwitz2/planar4", 160, 10, 2),
     Case("q8_0", 128, 8, 2),
     Case("q4_0", 128, 8, 2),
     Case("f16", 128, 32, 8),
@@ -109,7 +109,7 @@ def check(gpu, rng, case, steps, window=None, **knobs):
     q, k, v = chunk(rng, case, new, "float16")
     kernel = compiled(gpu, shape_of(case, window=window), **knobs)
     actual = gpu.run(kernel, q, k, v, cache, past + new, new, np.full_like(q, np.nan), writes=(6,))
-    check_output(actual, expected(case, q, k, v, cache, past, new, window))
+    check_output(actual, expected(case, q, k, v, cache, past, new, window=window))
     for b, count in enumerate(new):
         assert (actual[b, count:] == 0).all()
 

@@ -31,12 +31,13 @@ CASES = [  # format, head_dim, dtype, knobs
     ("rotor3:norm", 80, "float32", {"elements": 16}),  # triples across chunks
     ("rotor4:mse", 64, "float32", {}),
     ("turbo3", 256, "float32", {}),
-    ("turbo2:ip", 128, "float16", {}),  # weights in registers and in shared memory
+    ("turbo2:ip", 128, "float16", {"exchange": 0}),  # weights in registers and in shared memory
     ("turbo4:raw", 512, "float32", {}),
     ("hurwitz4", 80, "float16", {}),  # a stride that is no power of two, with idle lanes
     ("hurwitz3", 96, "float32", {"rows": 4, "blocks": 2}),  # and in several chunks
     ("hurwitz2:norm", 128, "float16", {"rows": 2}),
     ("hurwitz1", 256, "float16", {"elements": 4}),
+    ("hurwitz3:norm", 128, "float32", {"weights": 32}),  # elements that lanes exchange between layers
 ]
 
 PLAIN = [  # without a rotation

@@ -17,6 +17,9 @@ from rotquant_tvm.frontend.step_graph import StepGraph
 IDS, POSITIONS, PADDING, MASK, PAST = "ids", "positions", "padding mask", "mask", "past"
 PAST_LENGTH, TOTAL_LENGTH, LAST_INDEX, OTHER = "past length", "total length", "last index", "other"
 
+MAX_BATCH = 1024
+"""Sequences at most of a step whose batch is fixed: it is evaluated at its own size."""
+
 
 @dataclass(frozen=True)
 class InputRoles:
@@ -49,6 +52,7 @@ def find_input_roles(graph: StepGraph, view: StepView) -> InputRoles:
             f"{graph.source}: its input {graph.inputs[ids]!r} takes {seq} tokens per call and no other number; "
             "export it with a dynamic sequence length"
         )
+    _check_batch(graph, graph.inputs[ids], batch)
     finder = _Roles(view, batch, seq)
     kinds = [""] * len(params)
     kinds[ids] = IDS
@@ -59,6 +63,17 @@ def find_input_roles(graph: StepGraph, view: StepView) -> InputRoles:
     for index, param in enumerate(params):
         kinds[index] = kinds[index] or finder.role(param, graph.inputs[index].lower())
     return InputRoles(tuple(kinds), finder.sizes, finder.batch, finder.seq, finder.past)
+
+
+def _check_batch(graph: StepGraph, name: str, batch: Size) -> None:
+    """Refuse a number of sequences that no step has."""
+    if isinstance(batch, int) and not 1 <= batch <= MAX_BATCH:
+        raise ModelError(
+            f"{graph.source}: its input {name!r} takes {batch} sequences per call, and 1 to {MAX_BATCH} are possible; "
+            "export it with a dynamic batch"
+        )
+    if not isinstance(batch, (int, tirx.Var)):
+        raise ModelError(f"{graph.source}: the batch of its input {name!r} is {batch}; export it with a dynamic batch")
 
 
 def _find_ids(graph: StepGraph, view: StepView, params: list[relax.Var]) -> int:

@@ -33,16 +33,23 @@ def whole_numbers(
         bound = step.view.value(var)
         if var in step.weights:
             values += step.weights[var].shape
+        elif isinstance(bound, tvm.ir.GenericConst):
+            values += _held([bound])
         elif isinstance(bound, relax.Call) and not stop(var):
             found: list[tirx.IntImm] = []
             sized = [arg for arg in bound.args if not isinstance(arg, (relax.Var, tvm.ir.GenericConst))]
             structural_walk(sized, (tirx.IntImm, found.append))
             values += [int(value) for value in found]
-            constants = [arg.value.numpy() for arg in bound.args if isinstance(arg, tvm.ir.GenericConst)]
-            values += [size for constant in constants for size in constant.shape]
-            values += [float(x) for constant in constants if constant.size <= 16 for x in constant.ravel()]
+            values += _held([arg for arg in bound.args if isinstance(arg, tvm.ir.GenericConst)])
     usable = [abs(value) for value in values if np.isfinite(value) and value == int(value)]
     return {int(value) for value in usable if 2 <= value <= LARGEST_LENGTH}
+
+
+def _held(constants: list[tvm.ir.GenericConst]) -> list[float]:
+    """The sizes of constants, and the numbers in small ones."""
+    arrays = [constant.value.numpy() for constant in constants]
+    sizes = [float(size) for array in arrays for size in array.shape]
+    return sizes + [float(x) for array in arrays if array.size <= 16 for x in array.ravel()]
 
 
 def cases_around(numbers: set[int], cached: bool, capacity: int | None, padded: bool) -> list[Case]:

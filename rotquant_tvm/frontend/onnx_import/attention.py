@@ -15,7 +15,6 @@ from tvm.relax import op as R
 from rotquant_tvm.frontend.onnx_import.arithmetic import cast, dtype_of
 from rotquant_tvm.frontend.onnx_import.known_value import KnownValue, object_array
 from rotquant_tvm.frontend.onnx_import.registry import STANDARD, OnnxNode, UnsupportedNode, onnx_converter
-from rotquant_tvm.frontend.onnx_import.repeated_heads import unrepeated
 from rotquant_tvm.frontend.onnx_import.reshaping import sizes_of
 from rotquant_tvm.frontend.onnx_import.rotary import join_heads, split_heads, swap_heads
 
@@ -144,9 +143,7 @@ def _attention(node: OnnxNode) -> list[relax.Expr | None]:
     if valid is not None:
         valid = cast(node, valid, "int64")
         offset = node.emit(R.subtract(valid, node.state.tensor(KnownValue.of(object_array([seq_of(q)]), "int64"))))
-    one_k, one_v = unrepeated(node, k), unrepeated(node, v)
-    both = sizes_of(one_k)[1] == sizes_of(one_v)[1]
-    swapped_q, swapped_k, swapped_v = (swap_heads(node, x) for x in (q, *((one_k, one_v) if both else (k, v))))
+    swapped_q, swapped_k, swapped_v = (swap_heads(node, x) for x in (q, k, v))
     causal = bool(node.attribute("is_causal", 0))
     masking = Masking(causal, offset, _window(node), mask, valid)
     cap = float(node.attribute("softcap", 0.0))

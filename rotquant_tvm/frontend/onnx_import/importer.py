@@ -24,6 +24,7 @@ from rotquant_tvm.frontend.onnx_import.position_limits import max_position
 from rotquant_tvm.frontend.onnx_import.registry import OnnxNode, UnsupportedNode
 from rotquant_tvm.frontend.onnx_import.schema_check import check_results
 from rotquant_tvm.frontend.onnx_import.shared_buffers import open_shared_buffers
+from rotquant_tvm.frontend.repeated_heads import without_repeated_heads
 from rotquant_tvm.frontend.step_graph import SOFTCAPS, StepGraph
 
 if TYPE_CHECKING:
@@ -199,8 +200,8 @@ class _Importer:
             params, names = [*params, spare], [*names, spare.name]
         function = self._with_weights(mod["main"], params)
         attentions = _attentions(function)
-        function = relax.transform.DeadCodeElimination()(tvm.IRModule({"main": function}))["main"]
-        function = self._with_weights(function, params)
+        mod = relax.transform.DeadCodeElimination()(tvm.IRModule({"main": function}))
+        function = self._with_weights(without_repeated_heads(mod)["main"], params)
         kept = set(_attentions(function))
         caps = [float(cap) for var, cap in zip(attentions, self.state.softcaps, strict=True) if var in kept]
         if any(caps):

@@ -15,6 +15,7 @@ from rotquant_tvm.frontend.onnx_import.reshaping import known_integers, known_si
 
 _FAR = 1 << 31
 """Bounds from here on mean "to the end"."""
+_SAME_NUMBERS = ("relax.astype", "relax.expand_dims", "relax.squeeze", "relax.reshape")
 
 
 @onnx_converter(STANDARD, "Slice", since=10)
@@ -126,7 +127,11 @@ def _gather(node: OnnxNode) -> relax.Expr:
     index = node.known(1)
     if index is not None and index.is_number:
         return R.take(data, _from_zero(node, index, sizes_of(data)[axis]), axis, mode="wrap")
-    return R.take(data, node.input(1), axis, mode="clip" if _counts_tokens(node, node.input(1)) else "wrap")
+    return _taken(node, data, node.input(1), axis)
+
+
+def _taken(node: OnnxNode, data: relax.Expr, index: relax.Expr, axis: int) -> relax.Expr:
+    return R.take(data, index, axis, mode="clip" if _counts_tokens(node, index) else "wrap")
 
 
 def _from_zero(node: OnnxNode, index: KnownValue, size: Any) -> relax.Expr:
@@ -139,12 +144,12 @@ def _from_zero(node: OnnxNode, index: KnownValue, size: Any) -> relax.Expr:
 
 
 def _counts_tokens(node: OnnxNode, index: relax.Expr) -> bool:
-    """Whether an index is the input of ids or that of positions, perhaps in another integer type."""
+    """Whether an index is the input of ids or that of positions, perhaps in another integer type or shape."""
     while isinstance(index, relax.Var):
         value = node.state.builder.lookup_binding(index)
         if value is None:
             return any(index.same_as(var) for var in node.state.token_inputs)
-        if not (isinstance(value, relax.Call) and getattr(value.op, "name", "") == "relax.astype"):
+        if not (isinstance(value, relax.Call) and getattr(value.op, "name", "") in _SAME_NUMBERS):
             return False
         index = value.args[0]
     return False
@@ -158,8 +163,15 @@ def _gather_elements(node: OnnxNode) -> relax.Expr:
 
 @onnx_converter(STANDARD, "GatherND", since=11)
 def _gather_nd(node: OnnxNode) -> relax.Expr:
+    """Along one axis it is a lookup of rows, as torch's exporter writes ``table[ids]``."""
     data, batch = node.input(0), node.attribute("batch_dims", 0)
-    return R.gather_nd(data, _counted(node, _indexed_sizes(node, batch)), batch_dims=batch)
+    sizes, known = _indexed_sizes(node, batch), node.known(1)
+    if batch or len(sizes) != 1:
+        return R.gather_nd(data, _counted(node, sizes), batch_dims=batch)
+    if known is not None and known.is_number:
+        rows = KnownValue.of(known.array[..., 0], known.dtype)
+        return R.take(data, _from_zero(node, rows, sizes[0]), 0, mode="wrap")
+    return _taken(node, data, node.emit(R.squeeze(node.input(1), -1)), 0)
 
 
 def _indexed_sizes(node: OnnxNode, batch: int = 0) -> list[Any]:

@@ -16,6 +16,7 @@ from rotquant_tvm.frontend.onnx_import.external_data import ExternalData
 from rotquant_tvm.frontend.onnx_import.graph_order import check_names, in_order, inner_graphs
 from rotquant_tvm.frontend.onnx_import.local_functions import inline_functions
 from rotquant_tvm.frontend.onnx_import.tensors import read_tensor
+from rotquant_tvm.frontend.onnx_import.texts import check_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,14 +69,15 @@ class OnnxFile:
 def read_file(path: Path) -> OnnxFile:
     """Read and check a file; weights are read when they are asked for.
 
-    Raises ModelError if the file is no ONNX model, damaged, without outputs, or has a cycle, names given twice
-    or names that nothing gives.
+    Raises ModelError if the file is no ONNX model, damaged, without outputs, or has a cycle, names that are not UTF-8,
+    names given twice or names that nothing gives.
     """
     model = _parse(path)
     source = path.name
     if not model.HasField("graph") or not model.graph.output or not model.ir_version:
         raise ModelError(f"{path} is not an ONNX model, or is cut short: it has no graph with outputs")
     try:
+        check_texts(model)
         model = inline_functions(model)
         opsets: dict[str, int] = {}
         for entry in model.opset_import:

@@ -141,14 +141,17 @@ def of_ids(step):
     return emit(R.add(causal()(step), row))
 
 
-def later(size: int, start: int):
-    """Causal up to a length written in the model, and from there on with a window."""
+def later(size: int, start: int, bound: bool = False):
+    """Causal up to a length written in the model, and from there on with a window.
+
+    ``bound``: the length is a variable's value rather than an operand.
+    """
 
     def mask(step):
         query, key = _grid(step)
         emit = step.emit
         near = emit(R.greater(key, emit(R.subtract(query, _const(size)))))
-        early = emit(R.less(query, _const(start)))
+        early = emit(R.less(query, emit(_const(start)) if bound else _const(start)))
         visible = emit(R.logical_and(emit(R.logical_or(near, early)), emit(R.less_equal(key, query))))
         return _additive(step, visible)
 

@@ -70,6 +70,7 @@ def test_an_input_that_is_the_whole_mask_is_said_to_be_assumed_causal():
         (masks.of_ids, "computed from the token ids"),
         (masks.later(8, 100), "token 100 does not see token 0"),
         (masks.later(8, 5000), "token 5000 does not see token"),
+        (masks.later(8, 5000, bound=True), "token 5000 does not see token"),
     ],
 )
 def test_other_masks_are_refused(mask, message):

@@ -82,6 +82,8 @@ def export(
     architecture = ARCHITECTURES[name]
     model = architecture.model(dtype)
     model.set_attn_implementation(attention)
+    if hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
     layers = model.config.num_hidden_layers
     past_len = PAST if has_cache else 0
     shape = (BATCH, architecture.kv_heads, past_len, architecture.head_dim)

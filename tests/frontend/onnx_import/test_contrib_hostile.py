@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rotquant_tvm.errors import RotQuantError
+from rotquant_tvm.errors import ModelError, RotQuantError
 from rotquant_tvm.frontend.normalize import normalize_step
 from rotquant_tvm.frontend.onnx_import import read_onnx
 
@@ -58,6 +58,11 @@ def attribute(model: onnx.ModelProto, op_type: str, name: str, value: int) -> No
 ABSURD = {
     "a mask of 2 GiB": lambda model: setattr(model.graph.input[1].type.tensor_type.shape.dim[1], "dim_value", 1 << 31),
     "a batch of 2^31": lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", 1 << 31),
+    "a batch of 0": lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", 0),
+    "a batch of 2^20": lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", 1 << 20),
+    "a batch that is a difference": lambda model: setattr(
+        model.graph.input[0].type.tensor_type.shape.dim[0], "dim_param", "seq - 1"
+    ),
     "2^31 rows": lambda model: attribute(model, "MatMulNBits", "N", 1 << 31),
     "2^62 columns": lambda model: attribute(model, "MatMulNBits", "K", 1 << 62),
     "blocks of 2^40": lambda model: attribute(model, "MatMulNBits", "block_size", 1 << 40),
@@ -72,6 +77,23 @@ def test_absurd_sizes_are_refused(what):
     model.CopyFrom(good_model())
     ABSURD[what](model)
     assert not try_import(model.SerializeToString())
+
+
+NAMES = {
+    "a node": b"GroupQueryAttention_",
+    "an input": b"input_ids",
+    "a size": b"total",
+    "an attribute": b"do_rotary",
+}
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_a_name_that_is_no_text_is_refused(what, tmp_path):
+    data = good_model().SerializeToString()
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(data.replace(NAMES[what], NAMES[what][:-1] + b"\xed"))
+    with pytest.raises(ModelError, match="is not UTF-8; the file is damaged"):
+        read_onnx(path)
 
 
 ORDINARY = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -130,6 +130,13 @@ def test_parts_of_tensors(tmp_path):
         graph.node("GatherElements", [narrow, rows], axis=1),
         graph.node("GatherND", [x, graph.weight("nd", np.array([[0, 1], [1, 2]], np.int64))]),
     )
+    # One column: rows, as torch's exporter writes table[rows].
+    columns = graph.node("Unsqueeze", [rows, integers(-1)])
+    returned(
+        graph,
+        graph.node("GatherND", ["table", columns]),
+        graph.node("GatherND", ["table", graph.weight("one", np.array([[1], [-1]], np.int64))]),
+    )
     returned(
         graph, graph.node("ScatterElements", [narrow, rows, floats(graph, "new", (2, 3))], axis=1, reduction="add")
     )

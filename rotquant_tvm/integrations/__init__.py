@@ -1,0 +1,1 @@
+"""Packed KV caches inside other libraries' models: ``RotQuantCache`` for transformers."""
