@@ -23,7 +23,7 @@ KNOBS: dict[str, tuple[int, ...]] = {
 }
 """Warps per block; tiles in flight per warp; blocks that a launch aims at; blocks per multiprocessor that the compiler
 must leave registers for (0: no matter); splits of a stream at most, where these give every multiprocessor a block;
-tiles that a warp has at least; whether rows of the 16-bit segments go to the last warps, which have the fewest."""
+tiles that a warp has at least; whether rows of the 16-bit segments go to the last warps of the last blocks."""
 
 RESERVED = 1024
 """Bytes of a multiprocessor's shared memory that every block takes besides its own."""
@@ -32,7 +32,7 @@ RESERVED = 1024
 def default_knobs(shape: SiteShape, target: tvm.target.Target) -> dict[str, int]:
     """What the rule chooses: as many warps as a multiprocessor has registers for, in one wave of blocks."""
     least = 2 if TileLayout(*(codec.format for codec in shape.codecs()), shape.head_dim).tile_bytes <= 8192 else 1
-    common = {"splits": 16, "least": least, "rows_last": 1}
+    common = {"splits": 16, "least": least, "rows_last": 0}
     if any(is_trellis(codec) for codec in shape.codecs()):
         return _trellis_knobs(shape, target) | common
     if shape.group <= 4 and shape.head_dim <= 128:

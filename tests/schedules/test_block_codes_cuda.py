@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from rotquant_tvm.schedules.append_cuda import append_kernel
-from rotquant_tvm.schedules.block_codes_cuda import MIDDLE, centroid_polynomial, code_polynomial, has_block_codes
+from rotquant_tvm.schedules.block_codes_cuda import MIDDLE, code_polynomial, has_block_codes
 
 from ..ops.cases import Case
 from ..ops.reference import BOUNDARY_ROUNDING, codec_of
@@ -42,17 +42,6 @@ def test_codes_change_at_the_boundaries_alone(head_dim, bits):
     differs = float32_codes(z, coefficients, bits) != exact
     assert gap[differs].max(initial=0) < BOUNDARY_ROUNDING / 4
     assert differs.mean() < 0.02
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("bits", [1, 2, 3])
-def test_centroids(head_dim, bits):
-    codec = codec_of(f"planar{bits}", head_dim)
-    middle = (np.arange(2**bits) - (2**bits - 1) / 2).astype(np.float32)
-    total = np.float32(0)
-    for coefficient in reversed(centroid_polynomial(codec)):
-        total = total * middle * middle + np.float32(coefficient)
-    np.testing.assert_allclose(middle * total, codec.codebook.centroids, rtol=1e-6)
 
 
 def test_all_zeros_get_the_middle_code():
