@@ -74,7 +74,7 @@ class _Kernel:
         self.layout = TileLayout(self.codecs[0].format, self.codecs[1].format, shape.head_dim)
         self.warps, self.blocks = knobs["warps"], knobs["blocks"]
         self.least, self.most, self.multiprocessors = knobs["least"], knobs["splits"], multiprocessors(target)
-        # A choice of warps without one of blocks is not held to the rule's registers.
+        # A choice of warps alone is not held to the registers of the rule's own.
         self.resident = knobs["resident"] if "warps" not in chosen or "resident" in chosen else 0
         self.head_blocks = -(-shape.group // 8)
         self.rows = -(-shape.group // self.head_blocks)

@@ -4,7 +4,7 @@ A rotation keeps norms, and tensor cores multiply float16 rows with themselves e
 rotates 16 dims, quantizes them and forgets them, so that it holds few values at a time.
 
 A code is the integer part of an odd polynomial of the rotated value that is one higher at each boundary: rounded down
-by adding 2^23, it stands in the lowest bits of a float32. Its centroid is a polynomial of that number.
+by adding 2^23, it stands in the lowest bits of a float32. Its centroid comes from another lane.
 """
 
 from __future__ import annotations

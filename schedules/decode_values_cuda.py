@@ -65,8 +65,8 @@ class IntegerValues:
     def rounded(self, weight: Expr, gain: Expr, k: int) -> Expr:
         """A weight times its value's gain as this product takes it: an integer, in two bytes of a float.
 
-        Fractions are added, others for other tokens, and what is behind the point then is left unread: thousands of
-        tokens far below the largest one would all become 0 otherwise, where together they may outweigh it.
+        Fractions are added, others for other pairs of tokens, and what is behind the point then is left unread:
+        thousands of tokens far below the largest one would all become 0 otherwise, where together they may outweigh it.
         """
         return weight * gain + self.dither[k // 2]
 

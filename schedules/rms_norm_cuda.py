@@ -60,11 +60,9 @@ def _row(buffers: tuple, place: tuple, sizes: tuple[int, int, float], early: boo
                 body(part)
 
     let_next_start(early)
+    wait_for_inputs(early)  # for the weight too: it may have been worked out just before (1 + weight)
     for turn in range(turns):
-        each_part(
-            turn, lambda part, at=4 * turn: load_words(factors, at, weight, (part * LANE_VALUES,), 4, "global.nc")
-        )
-    wait_for_inputs(early)
+        each_part(turn, lambda part, at=4 * turn: load_words(factors, at, weight, (part * LANE_VALUES,), 4, "global"))
     for turn in range(turns):
         each_part(turn, lambda part, at=4 * turn: load_words(values, at, x, (row, part * LANE_VALUES), 4, "global"))
     total[0] = f32(0)

@@ -64,8 +64,9 @@ class SessionCache(Cache):
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences ``indices``."""
-        self._select(torch.as_tensor(indices).tolist())
+        """Keep the sequences ``indices``, in their order; bool [batch] keeps those that are true."""
+        chosen = torch.as_tensor(indices)
+        self._select((chosen.nonzero().reshape(-1) if chosen.dtype == torch.bool else chosen).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""

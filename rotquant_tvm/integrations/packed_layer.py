@@ -55,11 +55,11 @@ class PackedLayer:
     ) -> None:
         self.geometry, self.device, self.limit = geometry, device, limit
         name = device_name(device)
-        self._library: AttentionLibrary = attention_library(geometry, name)
-        data = (np.asarray(rotation.data, np.float32) for rotation in rotations.values())
-        self._rotations = tuple(tvm.runtime.tensor(array, tvm.runtime.device(name)) for array in data)
         self.capacity = limit or FIRST_CAPACITY
-        with self._stream():
+        with self._stream():  # copies to the device too: a kernel on another stream would not wait for them
+            self._library: AttentionLibrary = attention_library(geometry, name)
+            data = (np.asarray(rotation.data, np.float32) for rotation in rotations.values())
+            self._rotations = tuple(tvm.runtime.tensor(array, tvm.runtime.device(name)) for array in data)
             self._arrays = self._library.create(batch, self.capacity)
 
     @property

@@ -136,12 +136,13 @@ class CompiledLibrary:
 
 
 def _placed(array: Any, device: Device) -> Tensor:
-    """The array on the device; what lies there already (a torch tensor too) is not copied."""
-    if not isinstance(array, np.ndarray | Tensor) and hasattr(array, "__dlpack__"):
-        array = tvm.runtime.from_dlpack(array)
-    if isinstance(array, Tensor) and array.device != device:
-        return array.copyto(device)
-    return array if isinstance(array, Tensor) else tvm.runtime.tensor(array, device)
+    """The array on the device; what lies there already, compact (a GPU's torch tensor too), is not copied."""
+    if hasattr(array, "detach"):  # a torch tensor, which may be a view and may have gradients
+        array = array.detach().contiguous()
+        array = array.numpy() if array.device.type == "cpu" else tvm.runtime.from_dlpack(array)
+    if isinstance(array, Tensor) and array.device == device:
+        return array
+    return tvm.runtime.tensor(array.numpy() if isinstance(array, Tensor) else array, device)
 
 
 def require_positive(name: str, value: object) -> None:

@@ -65,7 +65,8 @@ def test_a_conversation_is_computed_in_float32_over_the_models_own_weights(case)
     assert from_exact <= limit and furthest <= limit
     assert from_own <= 6 * step
     assert between > step / 4  # the dtype does show
-    assert compiled(*case).report["layers"][1]["folded"]["v"] == f"not folded: its weight is {case[1]}"
+    folded = compiled(*case).report["layers"][1]["folded"]["v"]
+    assert folded.startswith("not folded: ") and f"its weight is {case[1]}" in folded
 
 
 @pytest.mark.full

@@ -57,6 +57,15 @@ def test_a_cache_goes_on_where_it_was(model):
     assert torch.equal(model.generate(IDS[:1], past_key_values=cache, max_new_tokens=12), whole.sequences)
 
 
+@pytest.mark.parametrize("kept", [torch.tensor([False, True]), torch.tensor([1])])
+def test_some_sequences_are_kept(model, kept):
+    both = model.generate(IDS, attention_mask=MASK, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
+    cache = both.past_key_values
+    length = int(cache.session.lengths[1])
+    cache.batch_select_indices(kept)
+    assert cache.session.lengths.tolist() == [length] != [int(both.sequences.shape[1] - 1)]
+
+
 def test_what_is_refused(model):
     with pytest.raises(UsageError, match="a DynamicCache"):
         model(IDS, past_key_values=DynamicCache(config=tiny().config))

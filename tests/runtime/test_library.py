@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import tvm
 
 from rotquant_tvm.errors import ArtifactError, DeviceError, UsageError
 from rotquant_tvm.runtime import CompiledLibrary, KVCacheInfo, load, load_library
 from rotquant_tvm.runtime.device import parse_device
+from rotquant_tvm.runtime.library import _placed
 
 
 @pytest.mark.parametrize(
@@ -96,3 +98,11 @@ def test_weights_are_shared_by_sessions(artifact):
     assert first.library.weights is second.library.weights
     first.prefill([1, 2, 3])
     assert second.lengths.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.T, lambda x: x[1:, 3:], lambda x: x.requires_grad_()])
+def test_weights_may_be_torch_tensors(view):
+    torch = pytest.importorskip("torch")
+    weight = view(torch.arange(35.0).reshape(5, 7))
+    placed = _placed(weight, tvm.cpu())
+    np.testing.assert_array_equal(placed.numpy(), weight.detach().numpy())
