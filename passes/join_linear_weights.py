@@ -16,6 +16,7 @@ from tvm import relax
 from tvm.target import Target
 
 from ..schedules.linear_cuda import SLICE, CUDALinear, cuda_linear
+from ..schedules.linear_rule_cuda import linear_shape
 from .linear_rewriter import Group, LinearRewriter
 from .linear_sites import LinearSite, LinearSites
 from .weight_recipes import RECIPES_ATTR, num_input
@@ -141,4 +142,5 @@ class _Rewriter(LinearRewriter):
             output_dtype=str(one.output.ty.dtype),
         )
         outputs = [site.output for site in group] if product is None else [product]
-        self.call(cuda_linear(spec, self.target), "linear", self.operands(group), outputs)
+        kernel = cuda_linear(spec, self.target).with_attrs(linear_shape(spec).attrs())
+        self.call(kernel, "linear", self.operands(group), outputs)

@@ -120,9 +120,8 @@ class KernelLibrary:
         common = (*shape.codecs(), shape.heads, shape.kv_heads, shape.scale, shape.dtype, self.axes)
         options = {"window": shape.window, "softcap": shape.softcap, "policy": shape.cache_policy}
         if shape.chunk:
-            return self._add(
-                ("attention_prefill", shape), lambda: ops.attention_prefill(*common, **options), shape
-            )
+            build = lambda: ops.attention_prefill(*common, rotated=shape.rotated, **options)  # noqa: E731
+            return self._add(("attention_prefill", shape), build, shape)
         shape = replace(shape, splits=splits)
         return self._add(
             ("attention_decode", shape),

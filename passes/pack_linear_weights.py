@@ -15,6 +15,7 @@ from tvm.target import Target
 from ..errors import UsageError
 from ..schedules.gather_llvm import PackedGather, packed_gather
 from ..schedules.linear_llvm import PackedLinear, packed_linear
+from ..schedules.linear_rule_llvm import linear_shape
 from ..schedules.vector_target import VectorTarget
 from .linear_rewriter import Group, LinearRewriter
 from .linear_sites import EmbeddingSite, LinearSites
@@ -81,7 +82,8 @@ class _Rewriter(LinearRewriter):
 
     def emit_group(self, group: Group) -> None:
         """The vector kernel over packed weights."""
-        kernel = packed_linear(self._spec(group), self.registers)
+        spec = self._spec(group)
+        kernel = packed_linear(spec, self.registers).with_attrs(linear_shape(spec).attrs())
         self.call(kernel, "packed_linear", self.operands(group), [site.output for site in group])
 
     def emit_embedding(self, site: EmbeddingSite) -> None:

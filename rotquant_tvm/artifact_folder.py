@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from rotquant_tvm.errors import UsageError
@@ -36,6 +37,8 @@ def check_output(path: str | os.PathLike[str]) -> None:
         if not ancestor.is_dir():
             raise UsageError(f"cannot write {final}: {ancestor} is not a folder; choose another output")
         # What the permission bits say is not all: file systems may be read-only or refuse new entries.
-        os.rmdir(tempfile.mkdtemp(dir=ancestor, prefix=f".{final.name}.", suffix=".partial"))
+        probe = tempfile.mkdtemp(dir=ancestor, prefix=f".{final.name}.", suffix=".partial")
+        with suppress(FileNotFoundError):  # another writer may have taken it for one that was left behind
+            os.rmdir(probe)
     except OSError as error:
         raise UsageError(f"cannot write {final}: {error.strerror or error}; choose another output") from error

@@ -19,6 +19,9 @@ TILE_TOKENS = 32
 
 IntArray = NDArray[np.int32]
 OPTIONS = ("sinks", "recent", "center", "defer")
+MOST_TOKENS = 2**31 - 1
+"""What an option may be at most: lengths are int32."""
+_DIGITS = len(str(MOST_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class CachePolicy:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise UsageError(f"{name} is {value!r}; it must be a number of tokens, 0 or more")
+            if value > MOST_TOKENS:
+                raise UsageError(f"{name} is beyond {MOST_TOKENS}, the longest sequence that there can be; give less")
         if self.center % TILE_TOKENS:
             raise UsageError(f"center is {self.center}; K is centred by blocks of a multiple of {TILE_TOKENS} tokens")
 
@@ -120,5 +125,6 @@ def read_options(text: str) -> dict[str, int]:
             raise UsageError(f"cannot read the cache option '{part}'; write it like sinks=4")
         if name.strip() in options:
             raise UsageError(f"the cache option '{name.strip()}' is given twice")
-        options[name.strip()] = int(value)
+        digits = value.strip().lstrip("0") or "0"
+        options[name.strip()] = int(digits) if len(digits) <= _DIGITS else MOST_TOKENS + 1
     return options

@@ -15,6 +15,8 @@ from tvm import relax, tirx
 from tvm.tirx import compilation_pipeline
 from tvm_ffi import structural_walk
 
+from .device_code import kept_source
+
 if TYPE_CHECKING:
     from .tuning.shape_buckets import WantedSizes
 
@@ -34,7 +36,8 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     On CUDA the Relax functions hold calls of kernels and views alone, of which TVM's own pipeline would make kernels.
     """
     relax_pipeline = _lower_calls() if target.kind.name == "cuda" else "default"
-    return tvm.compile(mod, target, relax_pipeline=relax_pipeline, tir_pipeline=PIPELINE)
+    with kept_source(target):
+        return tvm.compile(mod, target, relax_pipeline=relax_pipeline, tir_pipeline=PIPELINE)
 
 
 def _lower_calls() -> tvm.transform.Pass:

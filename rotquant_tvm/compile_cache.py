@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,16 +29,17 @@ from .frontend.source_files import source_files
 from .input_shapes import fixed_batch
 from .kv_cache_config import KVCacheConfig
 from .linker import linker_command
+from .process_locks import locked_file
 from .shared_weights import share_weights
+from .staging import ABANDONED_SECONDS, remove_abandoned
 from .tuning.log_folders import user_log_files
 
 KEEP = 8
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "onnx", "numpy")
 _SOURCES = ("rotquant_tvm", "rotquant_tvm.passes", "rotquant_tvm.schedules", "rotquant_tvm.tuning_logs")
 _WITHOUT_EFFECT = ("cli", "evaluation", "benchmark")  # subpackages that no compile runs
-_ABANDONED_SECONDS = 24 * 3600
 _ENTRY = re.compile(r"[0-9a-f]{64}")
-_UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[a-z0-9_]{8}\.(partial|replaced)")
+_LEFT_BEHIND = re.compile(r"\.[0-9a-f]{64}\.([a-z0-9_]{8}\.replaced|lock)")
 Progress: TypeAlias = Callable[[str], None]
 
 
@@ -114,29 +116,45 @@ class CompileCache:
             return save
 
         options = (batch, capacity, dtype, every_logit)
-        return self.entry((model_digest(model), _config_text(config), str(resolved), *options), make)
+        return self.entry((model_digest(model), _config_text(config), str(resolved), *options), make, progress)
 
-    def entry(self, key: Sequence[object], make: Callable[[], Callable[[Path], object]]) -> CachedArtifact:
+    def entry(
+        self, key: Sequence[object], make: Callable[[], Callable[[Path], object]], progress: Progress = _silent
+    ) -> CachedArtifact:
         """Return the artifact under ``key`` (plain data) and under the versions and sources of this environment.
 
-        If it is not there or damaged, ``make`` compiles and returns what saves the artifact at a path. Raises what
+        If it is not there, or damaged (there is a warning then), ``make`` compiles and returns what saves the artifact
+        at a path. Of several processes that want one entry the first makes it, and the others wait. Raises what
         these raise, UsageError if the folder cannot be written, and DeviceError if there is no compiler to link with.
         """
+        path = self.folder / hashlib.sha256(json.dumps((*key, _environment())).encode()).hexdigest()
+        if self._is_whole(path):
+            return CachedArtifact(path, found=True)
+        self._check_writable(path)
+        linker_command()
+        with locked_file(path.with_name(f".{path.name}.lock"), lambda: progress("wait for another process's compile")):
+            if self._is_whole(path, progress):  # made while this process waited
+                return CachedArtifact(path, found=True)
+            save = make()
+            _remove(path)  # if damaged: what is left of it may no longer look like an artifact
+            save(path)
+            self._prune(path)
+        return CachedArtifact(path, found=False)
+
+    def _is_whole(self, path: Path, progress: Progress | None = None) -> bool:
+        """Whether there is an undamaged entry, which now counts as used; with ``progress``, a damaged one is told."""
         from .runtime import read_artifact
 
-        path = self.folder / hashlib.sha256(json.dumps((*key, _environment())).encode()).hexdigest()
         try:
             read_artifact(path)
             os.utime(path)
-            return CachedArtifact(path, found=True)
-        except (ArtifactError, OSError):  # not there, damaged, or just being removed
-            self._check_writable(path)
-        linker_command()
-        save = make()
-        _remove(path)  # if damaged: what is left of it may no longer look like an artifact
-        save(path)
-        self._prune(path)
-        return CachedArtifact(path, found=False)
+            return True
+        except (ArtifactError, OSError) as error:  # not there, damaged, or just being removed
+            if progress is not None and os.path.lexists(path):
+                told = f"an entry of the compile cache is damaged and is made again: {str(error).split(';')[0]}"
+                warnings.warn(told, stacklevel=4)
+                progress(told)
+            return False
 
     def _import(
         self, model: str | os.PathLike[str], dtype: str, every_logit: bool, progress: Progress
@@ -160,11 +178,12 @@ class CompileCache:
         for entry in self.folder.iterdir():
             with suppress(OSError):  # another process may be removing it
                 changed[entry] = entry.stat().st_mtime
-        partial = {entry for entry in changed if _UNFINISHED.fullmatch(entry.name)}
+        remove_abandoned(self.folder, _ENTRY.pattern)
+        left = [entry for entry in changed if _LEFT_BEHIND.fullmatch(entry.name)]
         whole = [entry for entry in changed if _ENTRY.fullmatch(entry.name) and entry != newest]
         whole.sort(key=changed.__getitem__, reverse=True)
-        deadline = time.time() - _ABANDONED_SECONDS
-        for entry in [*whole[self.keep - 1 :], *(entry for entry in partial if changed[entry] < deadline)]:
+        deadline = time.time() - ABANDONED_SECONDS
+        for entry in [*whole[self.keep - 1 :], *(entry for entry in left if changed[entry] < deadline)]:
             _remove(entry)
 
 

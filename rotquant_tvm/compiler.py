@@ -18,6 +18,7 @@ from .codegen import compile_module
 from .errors import UsageError
 from .frontend import ImportedModel, TokenizerData, import_model
 from .frontend.import_notes import import_notes
+from .frontend.source_format import source_format
 from .input_shapes import fixed_batch
 from .kv_cache_config import KVCacheConfig
 from .linker import export_library, linker_command
@@ -46,7 +47,8 @@ class CompiledModel:
     Attributes: ``executable`` (TVM's), ``info`` (what ``kv_cache_info()`` returns), ``weights`` (as the
     library takes them; None for a model of shapes alone), ``weight_types`` (shape and dtype of each), ``report``
     (formats, true bits, bytes, kernels, times, capacity; plain data),
-    ``target``, ``tokenizer``, ``default_capacity`` (tokens per sequence of a session that names none).
+    ``target``, ``tokenizer``, ``default_capacity`` (tokens per sequence of a session that names none), ``config`` (of
+    the cache), ``source`` (what was compiled: type, name and format; plain data).
     """
 
     executable: Any
@@ -57,21 +59,27 @@ class CompiledModel:
     target: tvm.target.Target
     tokenizer: TokenizerData | None
     default_capacity: int
+    config: KVCacheConfig
+    source: Mapping[str, Any]
 
     def save(self, path: str | os.PathLike[str]) -> Artifact:
         """Write the artifact folder ``path``; it appears whole or not at all.
 
-        Raises ``UsageError``, also for a model of shapes alone, or ``DeviceError`` if there is no compiler to link the
-        library with.
+        CUDA code is compiled for the target's architecture first, if nvcc or NVRTC is found. Raises ``UsageError``,
+        also for a model of shapes alone, or ``DeviceError`` if there is no compiler to link the library with.
         """
+        from .codec_data import codec_data
+        from .device_code import PackedImports
         from .runtime import write_artifact
+        from .target_requirements import requirements
 
         if self.weights is None:
             raise UsageError("the model was compiled from shapes alone, and an artifact needs weights")
         linker_command()
+        imports = PackedImports.of(self.executable.mod, self.target)
         return write_artifact(
             path,
-            partial(export_library, self.executable),
+            partial(export_library, self.executable, pack_imports=imports.write),
             dict(zip(self.info["weights"], self.weights, strict=True)),
             kv_cache_info=self.info,
             target=str(self.target),
@@ -79,6 +87,9 @@ class CompiledModel:
             tokenizer_json=None if self.tokenizer is None else self.tokenizer.json,
             tokenizer=self._tokenizer_spec(),
             default_capacity=self.default_capacity,
+            requires=requirements(self.target, imports.code),
+            model=self.source,
+            codecs=codec_data(self.info, self.config),
         )
 
     def library(self, device: str = "cpu", weights: Sequence[np.ndarray | Tensor] | None = None) -> CompiledLibrary:
@@ -180,7 +191,24 @@ def compile(
     report = compile_report(info, imported.config, target, stages.seconds, mod, pass_seconds)
     report |= {"default_capacity": capacity, "warnings": list(dict.fromkeys(records.warnings))}
     report["notes"] = import_notes(imported.config)
-    return CompiledModel(executable, info, weights, _weight_types(mod), report, target, imported.tokenizer, capacity)
+    types, source = _weight_types(mod), _described(model, imported, config)
+    return CompiledModel(
+        executable, info, weights, types, report, target, imported.tokenizer, capacity, config, source
+    )
+
+
+def _described(model: object, imported: ImportedModel, config: KVCacheConfig) -> dict[str, Any]:
+    """What an artifact says of the model that it was made from."""
+    path = Path(model) if isinstance(model, str | os.PathLike) else None
+    overrides = {str(index): formats.name for index, formats in sorted(config.overrides.items())}
+    return {
+        "type": imported.config["model_type"],
+        "name": None if path is None else path.resolve().name,
+        "format": None if path is None else source_format(path),
+        "kv_cache": config.name,
+        "kv_layers": overrides,
+        "seed": config.seed,
+    }
 
 
 class _Stages:

@@ -38,18 +38,25 @@ class DeviceError(RotQuantError):
 class KVCacheFull(RotQuantError):
     """An append would exceed the cache's capacity; the cache is unchanged and still usable.
 
-    Attributes: ``capacity`` (tokens per sequence allocated), ``needed`` (tokens the call would have needed) and
-    ``max_position`` (where the model's positions end, if a larger cache would therefore not help, else None).
+    Attributes: ``capacity`` (tokens per sequence allocated), ``needed`` (tokens the call would have needed),
+    ``max_position`` (where the model's positions end, if a larger cache would therefore not help, else None) and
+    ``sequence`` (the number of the one that would be longest, None where there is only one).
     """
 
     exit_status = 2
 
-    def __init__(self, capacity: int, needed: int, max_position: int | None = None) -> None:
+    def __init__(
+        self, capacity: int, needed: int, max_position: int | None = None, sequence: int | None = None
+    ) -> None:
         self.capacity = capacity
         self.needed = needed
+        self.sequence = sequence
         self.max_position = None if max_position is None or needed <= max_position else max_position
         if self.max_position is None:
             remedy = f"create the session with capacity={needed} or more, or crop() first"
         else:
             remedy = f"the model's positions end at {max_position}: shorten the input, lower max_tokens or crop() first"
-        super().__init__(f"the KV cache holds {capacity} tokens per sequence and this call needs {needed}; {remedy}")
+        who = "" if sequence is None else f" for sequence {sequence}"
+        super().__init__(
+            f"the KV cache holds {capacity} tokens per sequence and this call needs {needed}{who}; {remedy}"
+        )

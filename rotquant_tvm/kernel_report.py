@@ -25,6 +25,16 @@ def kv_kernels(mod: tvm.IRModule) -> list[str]:
     return sorted(g.name_hint for g, f in functions if isinstance(f, tvm.tirx.PrimFunc) and _operator(f))
 
 
+def records_used(mod: tvm.IRModule) -> list[dict[str, Any]]:
+    """The tuning records that the module's kernels are from, each with the kernels' names, sorted."""
+    found: dict[str, list[str]] = {}
+    for gvar, func in mod.functions_items():
+        record = (func.attrs or {}).get(RECORD_ATTR) if isinstance(func, tvm.tirx.PrimFunc) else None
+        if record is not None:
+            found.setdefault(str(record), []).append(gvar.name_hint)
+    return [{"record": record, "kernels": sorted(names)} for record, names in sorted(found.items())]
+
+
 def layer_kernels(mod: tvm.IRModule, layers: int) -> list[list[dict[str, Any]]]:
     """Per layer, its KV kernels in the order in which prefill and decode first call them.
 

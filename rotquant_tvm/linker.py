@@ -6,18 +6,23 @@ nothing but the standard library, so that the command line can check before it l
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .errors import DeviceError
 
 _COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 _SHARED = ("-shared", "-fPIC", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
+
+_ROOM = 16 << 20  # bytes that must be free: where it cannot write an object file, LLVM ends the process
 
 
 def linker_command() -> list[str]:
@@ -48,6 +53,14 @@ def link_shared(output: str, objects: Sequence[str], options: Sequence[str] | No
         raise DeviceError(f"{command[0]} cannot link the compiled library (status {done.returncode}): {said}")
 
 
-def export_library(executable: object, path: str) -> None:
-    """Write what ``tvm.compile`` returned as the shared library ``path``; raises DeviceError."""
-    executable.export_library(path, fcompile=link_shared)  # type: ignore[attr-defined]
+def export_library(executable: object, path: str, pack_imports: Callable[..., str] | None = None) -> None:
+    """Write what ``tvm.compile`` returned as the shared library ``path``; raises DeviceError, OSError on a full disk.
+
+    ``pack_imports``: what writes the modules that are not linked (``device_code``); by default TVM does.
+
+    The object files lie beside it meanwhile, so that whoever removes a killed process's folder removes them too.
+    """
+    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".link.") as folder:
+        if shutil.disk_usage(folder).free < _ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+        executable.export_library(path, fcompile=link_shared, workspace_dir=folder, fpack_imports=pack_imports)  # type: ignore[attr-defined]

@@ -52,13 +52,14 @@ def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.tran
         passes.append(PackLinearWeights(target))
     else:
         from .passes.fuse_decode_rotation import FuseDecodeRotation
+        from .passes.fuse_prefill_rotation import FusePrefillRotation
         from .passes.fuse_rms_norm import FuseRMSNorm
         from .passes.fuse_rotary import FuseRotary
         from .passes.join_linear_weights import JoinLinearWeights
         from .passes.view_reshapes import ViewReshapes
 
-        passes += [FuseDecodeRotation(target), JoinLinearWeights(target), FuseRMSNorm(target)]
-        passes += [FuseRotary(target), ViewReshapes()]
+        passes += [FuseDecodeRotation(target), FusePrefillRotation(target), JoinLinearWeights(target)]
+        passes += [FuseRMSNorm(target), FuseRotary(target), ViewReshapes()]
     return passes
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 
 from .formats import KVFormat
-from .kernel_report import kv_kernels, layer_kernels
+from .kernel_report import kv_kernels, layer_kernels, records_used
 
 LENGTHS = (1024, 8192, 32768)
 """The sequence lengths, in tokens, whose true bits the report gives."""
@@ -29,8 +29,8 @@ def compile_report(
     weights have taken over the rotations of K and V ("folded", None where ``FoldRotation`` did not run), and why K or V
     stay in 16 bits where they were to be quantized ("kept"); totals; the
     true bits per element of whole sequences of ``LENGTHS`` tokens, and their bytes beside those of an f16 cache of
-    every token, every array counted as it is allocated; the KV kernels in the module; the batch, if it is fixed;
-    seconds per stage, and per pass of the pipeline.
+    every token, every array counted as it is allocated; the KV kernels in the module, and the tuning records that all
+    kernels are from; the batch, if it is fixed; seconds per stage, and per pass of the pipeline.
     """
     from .passes.fold_rotation import fold_texts, folded_rotations
     from .passes.quantize_kv_cache import kept_layers
@@ -80,6 +80,7 @@ def compile_report(
         "cache_bytes": {str(tokens): cache_bytes(info, tokens) for tokens in LENGTHS},
         "f16_cache_bytes": {str(tokens): plain * tokens for tokens in LENGTHS},
         "kernels": kv_kernels(mod),
+        "tuning_records": records_used(mod),
         "batch": info.get("batch"),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "pass_seconds": {name: round(value, 4) for name, value in (pass_seconds or {}).items()},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 from typing import Any
 
 import tvm
@@ -24,7 +26,7 @@ def resolve_target(target: str | tvm.target.Target) -> tvm.target.Target:
     if target.kind.name not in KINDS:
         raise UsageError(f"target kind '{target.kind.name}' is not supported; use {' or '.join(KINDS)}")
     if target.kind.name == "cuda" and target.host is None:
-        target = target.with_host(host_target())
+        target = target.with_host(_plain_host())
     return target
 
 
@@ -35,12 +37,21 @@ def host_target() -> tvm.target.Target:
     return tvm.target.Target({"kind": "llvm", "mcpu": name, "num-cores": os.cpu_count() or 1})
 
 
+def _plain_host() -> tvm.target.Target:
+    """A CPU like this machine's, without its extensions.
+
+    It only launches kernels, and the library may go to a machine with a GPU and another CPU.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return tvm.target.Target({"kind": "llvm", "mcpu": "x86-64" if x86 else "generic", "num-cores": os.cpu_count() or 1})
+
+
 def _parse(text: str) -> tvm.target.Target:
     if text == "llvm":
         return host_target()
     if text == "cuda":
         try:
-            return tvm.target.Target.from_device("cuda")
+            return _with_own_instructions(tvm.target.Target.from_device("cuda"))
         except Exception as error:
             raise DeviceError(
                 "target 'cuda' means the GPU at hand and there is none here; name one, like "
@@ -50,6 +61,13 @@ def _parse(text: str) -> tvm.target.Target:
         return tvm.target.Target(_attributes(text) if " " in text and not text.startswith("{") else text)
     except Exception as error:
         raise UsageError(f"unknown target '{text}': {_last_line(error)}") from error
+
+
+def _with_own_instructions(target: tvm.target.Target) -> tvm.target.Target:
+    """The GPU at hand with the instructions that only its architecture has: ``sm_90a`` of Hopper."""
+    if target.attrs["arch"] != "sm_90":
+        return target
+    return tvm.target.Target(json.loads(str(target)) | {"arch": "sm_90a"})
 
 
 def _attributes(text: str) -> dict[str, Any]:

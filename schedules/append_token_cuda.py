@@ -18,7 +18,8 @@ from rotquant_tvm.ops.tile_access import gain_position
 
 from .cuda_ops import WARP, Registers, i32, load_words, prmt, scalar, store_words, u32, warp_sync
 from .tile_encoder_cuda import TileEncoder
-from .tile_pack_cuda import Lane, TileStores
+from .tile_lane_cuda import Lane
+from .tile_pack_cuda import TileStores
 from .tile_rotation_cuda import TileRotation
 from .tile_rows_cuda import ROWS, HalfTileRows, brain2, commit_copies, wait_for_copies
 from .vector_core_cuda import VectorCore

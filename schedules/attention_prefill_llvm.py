@@ -10,7 +10,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.formats import TileLayout
-from rotquant_tvm.ops.segments import segment_arguments
+from rotquant_tvm.ops.segments import Segments, segment_arguments
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .attention_core_llvm import AttentionCore, wide
@@ -61,7 +61,7 @@ def attention_prefill_llvm(shape: SiteShape, target: tvm.target.Target) -> tvm.t
                 return tir.max(past + token(row) - (shape.window - 1), zero) if shape.window else zero
 
             with T.If(first < new), T.Then():
-                stream = SegmentStream(core, arrays, codecs, layout, policy, target, shape.wraps)
+                stream = SegmentStream(core, Segments(arrays, codecs, layout, policy, shape.wraps), target)
                 chunk = ChunkSource(core, k, v)
                 core.start(
                     lambda row, dim: wide(q, [b, token(row), head * group + row % group], dim),

@@ -23,7 +23,7 @@ from rotquant_tvm.ops.vector_code import corrected_gain
 from .cuda_ops import Registers, any_lane, bits_of, f32, i32, prmt, ptx, scalar, shuffle, u32
 from .stepped_table_cuda import fma
 from .tile_codes_cuda import ELEMENTS, INTEGER, HalfTileCodes, beyond, half_bits, share
-from .tile_pack_cuda import Lane
+from .tile_lane_cuda import Lane
 from .tile_rotation_cuda import TileRotation
 from .tile_rows_cuda import HalfTileRows, multiply_eight
 
@@ -153,7 +153,9 @@ class BlockCodes:
         self.inner, self.square = (Registers(order.slots, "float32") for _ in range(2))
         self.inner.fill(f32(0))
         self.square.fill(f32(0))
-        groups = self._groups(list(operands.words))
+        groups = self._groups(list(operands.words)) if self.rotation.outer is None else self._quartets(operands)
+        if self.fused:
+            return HalfTileCodes(groups, [], self._own_gain(list(operands.squares)))
         return HalfTileCodes(groups, [self._gains(list(operands.squares))])
 
     def _groups(self, words: Sequence[Expr]) -> list[Expr]:
@@ -174,6 +176,22 @@ class BlockCodes:
         places = [(turn, r, pair) for r in range(2) for turn in range(order.blocks // each) for pair in range(pairs)]
         return [line[turn * each + r * pairs + pair] for turn, r, pair in places]
 
+    def _quartets(self, operands: Operands) -> list[Expr]:
+        """The words of all groups where the rotation's last layer stands apart: four blocks at a time."""
+        outer = self.rotation.outer
+        assert outer is not None
+        words, apart = list(operands.words), outer.stride // 16
+        found: dict[tuple[int, int], Expr] = {}
+        for first in range(apart):
+            places = range(first, self.order.blocks, apart)
+            pairs = [self.rotation.sum_and_difference(k, k + apart, words, self.order) for k in places[::2]]
+            x = outer.combine(pairs)
+            for r in range(2):
+                for k, y in zip(places, x, strict=True):
+                    found[k, r] = self._half(y, r)
+        groups = self._pack(found, self.order.blocks)
+        return outer.arrange(groups, outer.some(list(operands.squares)), self.order)
+
     def _some(self, words: Sequence[Expr], count: int, ahead: Expr) -> list[Expr]:
         """The groups of ``count`` blocks, as if these were all."""
         found: dict[tuple[int, int], Expr] = {}
@@ -181,6 +199,9 @@ class BlockCodes:
             y = self.rotation.rotated(k, words, self.order, ahead)
             for r in range(2):
                 found[k, r] = self._half(y, r)
+        return self._pack(found, count)
+
+    def _pack(self, found: dict[tuple[int, int], Expr], count: int) -> list[Expr]:
         places = [(n % count, n // count) if self.order.role == "k" else divmod(n, 2) for n in range(2 * count)]
         halves = [found[place] for place in places]
         return [prmt(low, high, u32(0x5410)) for low, high in zip(halves[::2], halves[1::2], strict=True)]
@@ -246,6 +267,15 @@ class BlockCodes:
         Worked out by multiply-adds, six to an element, it took a sixth longer: these are what there is too little of.
         """
         return shuffle(self.table, code)
+
+    def _own_gain(self, squares: Sequence[Expr]) -> Expr:
+        """The gain of the lane's own slot, of values that were rotated as they are."""
+        sums = [list(self.inner)] * self.wants_inner + [list(self.square)] * self.wants_square
+        found = self.order.own_sums(sums)
+        norm = scalar(tir.sqrt(self.order.own(squares)))
+        inner = scalar(found[0] * f32(1 / self.scale)) if self.wants_inner else f32(0)
+        square = found[-1] if self.wants_square else f32(self.known_square)
+        return half_bits(corrected_gain(self.codec.format.gain, norm, inner, square))
 
     def _gains(self, squares: Sequence[Expr]) -> list[Expr]:
         slots = self.order.slots

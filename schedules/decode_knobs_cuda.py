@@ -9,6 +9,7 @@ from rotquant_tvm.ops.site_shape import SiteShape
 
 from .cuda_target import dynamic_shared_memory, multiprocessors
 from .decode_softmax_cuda import SumSlots
+from .packed_stream_cuda import PackedStream
 from .query_rotation_cuda import SharedRows
 from .trellis_tables_cuda import TrellisTables, is_trellis
 
@@ -19,11 +20,10 @@ KNOBS: dict[str, tuple[int, ...]] = {
     "resident": (0, 2),
     "splits": (16, 64),
     "least": (1, 2),
-    "rows_last": (0, 1),
 }
-"""Warps per block; tiles in flight per warp; blocks that a launch aims at; blocks per multiprocessor that the compiler
-must leave registers for (0: no matter); splits of a stream at most, where these give every multiprocessor a block;
-tiles that a warp has at least; whether rows of the 16-bit segments go to the last warps of the last blocks."""
+"""Warps per block; tiles in flight per warp at most; blocks that a launch aims at; blocks per multiprocessor that the
+compiler must leave registers for (0: no matter); splits of a stream at most, where these give every multiprocessor a
+block; tiles that a warp has at least."""
 
 RESERVED = 1024
 """Bytes of a multiprocessor's shared memory that every block takes besides its own."""
@@ -32,14 +32,20 @@ RESERVED = 1024
 def default_knobs(shape: SiteShape, target: tvm.target.Target) -> dict[str, int]:
     """What the rule chooses: as many warps as a multiprocessor has registers for, in one wave of blocks."""
     least = 2 if TileLayout(*(codec.format for codec in shape.codecs()), shape.head_dim).tile_bytes <= 8192 else 1
-    common = {"splits": 16, "least": least, "rows_last": 0}
+    common = {"splits": 16, "least": least}
     if any(is_trellis(codec) for codec in shape.codecs()):
         return _trellis_knobs(shape, target) | common
     if shape.group <= 4 and shape.head_dim <= 128:
         warps, resident = 8, 2  # at most 128 registers a lane
     else:
         warps, resident = 4, 3 if shape.head_dim <= 128 else 2
-    return {"warps": warps, "stages": 2, "blocks": resident * multiprocessors(target), "resident": resident, **common}
+    return {
+        "warps": warps,
+        "stages": 2,
+        "blocks": resident * multiprocessors(target),
+        "resident": resident,
+        **common,
+    }
 
 
 def _trellis_knobs(shape: SiteShape, target: tvm.target.Target) -> dict[str, int]:
@@ -54,6 +60,7 @@ def _trellis_bytes(shape: SiteShape, warps: int) -> int:
     """Shared memory of a block of so many warps with a tile each."""
     codecs, sizes = shape.codecs(), (min(shape.group, 8), shape.head_dim)
     words = warps * (TileLayout(codecs[0].format, codecs[1].format, shape.head_dim).tile_bytes // 4 + 2)
+    words += warps * PackedStream.words_beside(shape.head_dim) if shape.cache_policy.center else 0
     words += SharedRows.words(*sizes) if shape.rotated else 0
     words += SumSlots.words(warps, *sizes) if shape.cache_policy.segmented else 0
     return 4 * (words + TrellisTables.words(codecs))

@@ -39,24 +39,16 @@ class IntegerScores:
     def start(self, load: LoadQuery, scale: float) -> None:
         """Round the queries; ``scale`` is the softmax scale in units of log2."""
         values = Registers(4 * self.steps, "float32")
-        most = f32(1e-20)
+        most = f32(0)
         for step in range(self.steps):
             for e, value in enumerate(load(step)):
                 values[4 * step + e] = value
                 most = scalar(tir.max(most, tir.abs(values[4 * step + e])))
         most = across(most, tir.max, (1, 2))
-        finest = scalar(f32(FINEST) / most)
-        self.unit[0] = most * f32(scale / FINEST)
+        finest, self.unit[0] = rounding(most, scale)
         for step in range(self.steps):
-            coarse, fine = u32(0), u32(0)
-            for e in range(4):
-                whole = Registers(1, "int32")
-                ptx("cvt.rni.s32.f32", whole[0], values[4 * step + e] * finest)
-                high = scalar((whole[0] + i32(64)) >> i32(7))
-                low = whole[0] - (high << i32(7))
-                coarse = coarse | u32(high & i32(255)) << u32(8 * e)
-                fine = fine | u32(low & i32(255)) << u32(8 * e)
-            self.coarse[step], self.fine[step] = coarse, fine
+            elements = [values[4 * step + e] for e in range(4)]
+            self.coarse[step], self.fine[step] = rounded_words(elements, finest)
 
     def _operand(self, step: int) -> list[Expr]:
         """Query elements 16·step … as rows 0-7 (coarse) and 8-15 (fine), for 32 elements or the last 16."""
@@ -97,6 +89,25 @@ class IntegerScores:
         """The score of a centre: the lane's words 4·step + t of its int8 codes, and its scale."""
         sums = self._times(lambda step: words[step])
         return scalar(self._joined(sums, 0) * (self.unit[0] * scale))
+
+
+def rounding(most: Expr, scale: float) -> tuple[Expr, Expr]:
+    """What a row's elements, at most ``most`` large, are to be times to be rounded, and what scores are times then."""
+    most = scalar(tir.max(most, f32(1e-20)))
+    return scalar(f32(FINEST) / most), scalar(most * f32(scale / FINEST))
+
+
+def rounded_words(elements: list[Expr], finest: Expr) -> tuple[Expr, Expr]:
+    """Four neighbouring elements rounded: a word of their coarse parts, and one of their fine parts."""
+    coarse, fine = u32(0), u32(0)
+    for e, element in enumerate(elements):
+        whole = Registers(1, "int32")
+        ptx("cvt.rni.s32.f32", whole[0], element * finest)
+        high = scalar((whole[0] + i32(64)) >> i32(7))
+        low = whole[0] - (high << i32(7))
+        coarse = coarse | u32(high & i32(255)) << u32(8 * e)
+        fine = fine | u32(low & i32(255)) << u32(8 * e)
+    return coarse, fine
 
 
 class HalfScores:

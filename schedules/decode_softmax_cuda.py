@@ -15,7 +15,21 @@ from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.ops.online_softmax import MASKED
 
-from .cuda_ops import Registers, across, any_lane, bits_of, block_sync, f32, float_of, scalar, shuffle, shuffle_xor
+from .cuda_ops import (
+    Registers,
+    across,
+    any_lane,
+    bits_of,
+    block_sync,
+    f32,
+    float_of,
+    load_words,
+    scalar,
+    shuffle,
+    shuffle_xor,
+    store_words,
+    warp_sync,
+)
 
 Expr = Any
 HIDDEN = -3.0e38
@@ -46,6 +60,14 @@ class Weights:
         with T.If(any_lane(tir.Or(self.values.exceeds(most), sums > f32(FARTHEST)))), T.Then():
             self._move(scores, gains, lane)
             self._weigh(scores, gains, shares)
+        self.total[0] = self.total[0] + _sum(shares)
+        return self.weights
+
+    def take_first(self, scores: Registers, lane: Expr) -> Registers:
+        """As ``take``, for scores that are likely to move the reference: it does so without a trial before."""
+        shares = Registers(scores.count, "float32")
+        self._move(scores, None, lane)
+        self._weigh(scores, None, shares)
         self.total[0] = self.total[0] + _sum(shares)
         return self.weights
 
@@ -117,45 +139,65 @@ class SumSlots:
         return float_of(self.shared[self._scales(slot, row)])
 
     def add(self, slot: Expr, where: tuple[Expr, Expr], highest: Expr, sums: Registers) -> None:
-        """Add a slot's value and total at (row, dim), brought to the reference ``highest``, to ``sums``."""
+        """Add a slot's values from (row, dim) on and its total, at the reference ``highest``, to ``sums``."""
         row, dim = where
-        share = scalar(tir.exp2(self.reference(slot, row) - highest))
-        sums[0] = sums[0] + share * float_of(self.shared[self._sum(slot, row, dim)])
-        sums[1] = sums[1] + share * float_of(self.shared[self._scales(slot, row) + 1])
+        share, count = scalar(tir.exp2(self.reference(slot, row) - highest)), sums.count - 1
+        values = Registers(count, "float32")
+        load_words(values, 0, self.shared, [self._sum(slot, row, dim)], count, "shared")
+        for k in range(count):
+            sums[k] = sums[k] + share * values[k]
+        sums[count] = sums[count] + share * float_of(self.shared[self._scales(slot, row) + 1])
+
+    def fold(self, slot: Expr, other: SumSlots, lane: Expr, factor: float) -> None:
+        """Add what ``other`` has in the slot, its sums times ``factor``; by the warp that put both there."""
+        warp_sync()
+        shares = [self._shares(slot, other, row) for row in range(self.rows)]
+        warp_sync()
+        for row, (own, more, reference, total) in enumerate(shares):
+            with T.If(lane == 0), T.Then():
+                T.buffer_store(self.shared, bits_of(reference), [self._scales(slot, row)])
+                T.buffer_store(self.shared, bits_of(total), [self._scales(slot, row) + 1])
+            for start in range(0, self.head_dim, 128):
+                dim = scalar(start + 4 * lane)
+                with T.If(dim < self.head_dim), T.Then():
+                    mine, theirs = Registers(4, "float32"), Registers(4, "float32")
+                    load_words(mine, 0, self.shared, [self._sum(slot, row, dim)], 4, "shared")
+                    load_words(theirs, 0, other.shared, [other._sum(slot, row, dim)], 4, "shared")
+                    sums = [bits_of(mine[k] * own + theirs[k] * (more * f32(factor))) for k in range(4)]
+                    store_words(self.shared, [self._sum(slot, row, dim)], sums, "shared")
+
+    def _shares(self, slot: Expr, other: SumSlots, row: int) -> tuple[Expr, Expr, Expr, Expr]:
+        """What sums of both are to be times at the higher of two references, that, and the total there."""
+        references = [scalar(slots.reference(slot, row)) for slots in (self, other)]
+        highest = scalar(tir.max(*references))
+        own, more = (scalar(tir.exp2(reference - highest)) for reference in references)
+        totals = [float_of(slots.shared[slots._scales(slot, row) + 1]) for slots in (self, other)]
+        return own, more, highest, scalar(totals[0] * own + totals[1] * more)
 
 
 def merge_slots(
-    own: SumSlots,
-    scale: float,
-    more: tuple[SumSlots, Expr] | None,
-    thread: Expr,
-    store: Callable[[Expr, Expr, Expr, Expr, Expr], None],
+    own: SumSlots, scale: float, thread: Expr, store: Callable[[Expr, Expr, Expr, Expr, Expr], None]
 ) -> None:
-    """Add up what a block's warps summed; ``own`` sums are times ``scale``. ``more``: other sums, and how many.
+    """Add up what a block's warps summed; ``own`` sums are times ``scale``.
 
     ``store(row, dim, sum, reference, total)`` takes the results, each by one thread.
     """
     block_sync()
     items, threads = own.rows * own.head_dim, 32 * own.slots
-    with T.serial(0, -(-items // threads)) as turn:
-        item = turn * threads + thread
+    wide = max(n for n in (1, 2, 4) if n == 1 or n * threads <= items)
+    with T.serial(0, -(-items // (wide * threads))) as turn:
+        item = (turn * threads + thread) * wide
         with T.If(item < items), T.Then():
             where = row, dim = scalar(item // own.head_dim), scalar(item % own.head_dim)
-            highest, sums = Registers(1, "float32"), Registers(2, "float32")
+            highest, sums = Registers(1, "float32"), Registers(wide + 1, "float32")
             highest[0] = own.reference(0, row)
             for slot in range(1, own.slots):
                 highest[0] = tir.max(highest[0], own.reference(slot, row))
-            if more is not None:
-                with T.serial(0, more[1]) as slot:
-                    highest[0] = tir.max(highest[0], more[0].reference(slot, row))
             sums.fill(f32(0))
             for slot in range(own.slots):
                 own.add(slot, where, highest[0], sums)
-            sums[0] = sums[0] * f32(scale)
-            if more is not None:
-                with T.serial(0, more[1]) as slot:
-                    more[0].add(slot, where, highest[0], sums)
-            store(row, dim, sums[0], highest[0], sums[1])
+            for n in range(wide):
+                store(row, dim + n, sums[n] * f32(scale), highest[0], sums[wide])
 
 
 def _put_sums(

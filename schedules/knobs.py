@@ -14,6 +14,7 @@ from typing import Any
 from tvm import tirx
 from tvm.target import Target
 
+from rotquant_tvm.ops.model_op import MODEL_OP_ATTR
 from rotquant_tvm.ops.site_shape import OP_ATTR
 
 KNOBS_ATTR = "rotquant.knobs"
@@ -46,26 +47,48 @@ def keep_choice(definition: tirx.PrimFunc, kernel: tirx.PrimFunc) -> tirx.PrimFu
 
 def rule_of(func: tirx.PrimFunc, target: Target) -> Callable[..., Any] | None:
     """The rule that a target has for a definition's operator; it may still decline the definition."""
-    name = func.attrs.get(OP_ATTR) if func.attrs is not None else None
-    if name is None:
-        return None
-    if target.kind.name == "cuda":
+    attrs = func.attrs or {}
+    name = attrs.get(MODEL_OP_ATTR if _of_model(func) else OP_ATTR)
+    return None if name is None else rule_named(str(name), target.kind.name)
+
+
+def rule_named(operator: str, kind: str) -> Callable[..., Any] | None:
+    """The rule for an operator, of the cache or of a model, on a kind of target."""
+    from .model_kernels import MODEL_RULES
+
+    if (operator, kind) in MODEL_RULES:
+        return MODEL_RULES[operator, kind]
+    if kind == "cuda":
         from .gpu_kv_kernels import RULES
 
-        return RULES.get(str(name))
+        return RULES.get(operator)
     from .vector_kv_kernels import RULES as VECTOR_RULES
 
-    return VECTOR_RULES.get(str(name))
+    return VECTOR_RULES.get(operator)
 
 
-def knob_values(rule: Callable[..., Any]) -> dict[str, tuple[int, ...]]:
-    """The values that each knob of a rule's kernels may have."""
+def knob_values(rule: Callable[..., Any], bucket: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
+    """The values that each knob of a rule's kernels may have; with a ``bucket`` of sizes, of those that matter there.
+
+    A rule whose kernel holds several, by size, says in its module's ``knobs_at(bucket)`` which knobs those are.
+    """
     values: Mapping[str, tuple[int, ...]] = getattr(sys.modules[rule.__module__], "KNOBS", {})
-    return {name: tuple(int(value) for value in choices) for name, choices in values.items()}
+    decides = knobs_at(rule)
+    names = values if bucket is None or decides is None else decides(bucket)
+    return {name: tuple(int(value) for value in values[name]) for name in names}
+
+
+def knobs_at(rule: Callable[..., Any]) -> Callable[[Mapping[str, int]], tuple[str, ...]] | None:
+    """The function that tells which knobs matter at which sizes, for rules that have one."""
+    return getattr(sys.modules[rule.__module__], "knobs_at", None)
 
 
 def kernel_for(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     """The kernel that takes a definition's place on a target; None where the definition stays."""
+    if _of_model(func):
+        from .model_kernels import model_kernel
+
+        return model_kernel(func, target)
     if target.kind.name == "cuda":
         from .gpu_kv_kernels import gpu_kernel
 
@@ -73,3 +96,7 @@ def kernel_for(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     from .vector_kv_kernels import vector_kernel
 
     return vector_kernel(func, target)
+
+
+def _of_model(func: tirx.PrimFunc) -> bool:
+    return func.attrs is not None and MODEL_OP_ATTR in func.attrs

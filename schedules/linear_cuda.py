@@ -20,9 +20,9 @@ from .dependent_launch_cuda import starts_early
 from .linear_few_rows_cuda import FewRows, emit_few_rows
 from .linear_many_rows_cuda import SLICE, ManyRows, ManyRowsTile
 from .linear_operands_cuda import CUDALinear, Operands
-from .linear_warpgroups_cuda import WarpgroupTile, warpgroup_knobs
+from .linear_warpgroups_cuda import WarpgroupTile, has_warpgroups, warpgroup_knobs
 
-__all__ = ["FEW", "MANY", "SLICE", "WARPGROUPS", "CUDALinear", "cuda_linear"]
+__all__ = ["FEW", "MANY", "SLICE", "WARPGROUPS", "CUDALinear", "cuda_linear", "many_rows"]
 
 FEW = (FewRows(8, tiles=1, warps=16, steps=2, stages=3), FewRows(16, tiles=1, warps=8, steps=2, stages=4))
 """For few rows, in the order of how many they take."""
@@ -33,28 +33,36 @@ MANY = (
 )
 """For many rows, the largest tile first; the last one fits any GPU."""
 WARPGROUPS = (warpgroup_knobs(128, 256, stages=4), warpgroup_knobs(128, 128, stages=4))
-"""The same on Hopper's tensor cores (``has_warpgroups``), to be asked for."""
+"""The largest of them on Hopper's tensor cores (``has_warpgroups``)."""
 FILLED = 128
 """Blocks from which on a GPU counts as filled: a larger tile is not worth fewer."""
 
 Case = tuple[Any, Callable[[], None]]
 
 
+def many_rows(warpgroups: bool) -> tuple[ManyRows, ...]:
+    """The kernels for many rows of a target with or without ``has_warpgroups``."""
+    return (*WARPGROUPS, *MANY[len(WARPGROUPS) :]) if warpgroups else MANY
+
+
 @functools.cache
 def cuda_linear(
-    spec: CUDALinear, target: Target, few: tuple[FewRows, ...] = FEW, many: tuple[ManyRows, ...] = MANY
+    spec: CUDALinear, target: Target, few: tuple[FewRows, ...] = FEW, many: tuple[ManyRows, ...] | None = None
 ) -> tir.PrimFunc:
     """PrimFunc (x, weight, bias of each layer that has one, residual if any, y of each layer or of the product).
 
     ``weight``: float16 [sum of out_features, in_features]; ``in_features`` must be a multiple of 64. ``few`` and
-    ``many`` are the kernels to choose from; those that need more shared memory than the target has are left out.
+    ``many`` (default: ``many_rows``) are the kernels to choose from; those that need more shared memory than the target
+    has are left out.
     """
-    limit = dynamic_shared_memory(target)
+    limit, many = dynamic_shared_memory(target), many or many_rows(has_warpgroups(target))
     with IRBuilder() as builder, T.prim_func(s_tir=False, is_private=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         operands = Operands(spec, starts_early(target))
         cases: list[Case] = [
-            (operands.rows <= knobs.columns, functools.partial(emit_few_rows, operands, knobs)) for knobs in few
+            (operands.rows <= knobs.columns, functools.partial(emit_few_rows, operands, knobs))
+            for knobs in few
+            if knobs.shared_bytes(spec.in_features) <= limit
         ]
         fitting = [knobs for knobs in many if knobs.shared_bytes <= limit] or list(many[-1:])
         for knobs in fitting:

@@ -45,6 +45,11 @@ class FewRows:
         steps = next(n for n in range(self.steps, 0, -1) if in_features % (n * STEP) == 0)
         return replace(self, steps=steps)
 
+    def shared_bytes(self, in_features: int) -> int:
+        """Shared memory of a block: the warps' rings, and their sums."""
+        ring = self.warps * self.stages * 2 * self.tiles * self.fitted(in_features).steps * 4 * WARP
+        return 4 * (ring + self.warps * self.columns * (16 * self.tiles + 4))
+
 
 def emit_few_rows(operands: Operands, knobs: FewRows) -> None:
     """Emit the launch; the number of rows is at most ``knobs.columns``."""

@@ -60,23 +60,26 @@ class PackedLinear:
 
 
 @functools.cache
-def packed_linear(spec: PackedLinear, registers: VectorTarget) -> tirx.PrimFunc:
-    """PrimFunc (x, weight, bias of each layer that has one, residual if any, y of each layer)."""
+def packed_linear(spec: PackedLinear, registers: VectorTarget, rows: int | None = None) -> tirx.PrimFunc:
+    """PrimFunc (x, weight, bias of each layer that has one, residual if any, y of each layer).
+
+    ``rows`` of a micro kernel; None for as many as three quarters of the registers hold.
+    """
     with IRBuilder() as builder:
         with T.prim_func(is_private=True, s_tir=True):
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
-            _LinearKernel(spec, registers).emit()
+            _LinearKernel(spec, registers, rows).emit()
     return builder.get()
 
 
 class _LinearKernel:
     """Emits the body of :func:`packed_linear` into the current builder."""
 
-    def __init__(self, spec: PackedLinear, registers: VectorTarget) -> None:
+    def __init__(self, spec: PackedLinear, registers: VectorTarget, rows: int | None) -> None:
         self.spec = spec
         self.lanes = min(registers.lanes, spec.tile)
         # A quarter of the registers is for weights and x, the others hold sums.
-        self.rows = max(1, registers.registers * 3 // 4 * self.lanes // spec.tile)
+        self.rows = rows or max(1, registers.registers * 3 // 4 * self.lanes // spec.tile)
 
     def emit(self) -> None:
         spec = self.spec

@@ -108,13 +108,19 @@ class FragmentValues:
 
 
 class WarpAttention:
-    """Online softmax of a warp's rows over stages of ``tokens`` tokens; create it where its registers should be."""
+    """Online softmax of a warp's rows over stages of ``tokens`` tokens; create it where its registers should be.
+
+    ``clear`` it before the first stage; products of queries that come before need the sums' registers.
+    """
 
     def __init__(self, head_dim: int, tokens: int, row_tiles: int) -> None:
         self.head_dim, self.tokens, self.row_tiles = head_dim, tokens, row_tiles
         self.scores = Registers(row_tiles * tokens // 2, "float32")
         self.output = Registers(row_tiles * head_dim // 2, "float32")
         self.peak, self.total = (Registers(2 * row_tiles, "float32") for _ in range(2))
+
+    def clear(self) -> None:
+        """Forget all stages."""
         self.output.fill(f32(0))
         self.peak.fill(f32(NOTHING))
         self.total.fill(f32(0))
@@ -234,9 +240,13 @@ class WarpAttention:
     def finish(self) -> None:
         """Divide by the totals of the whole rows; 0 where nothing was attended to."""
         for row in range(2 * self.row_tiles):
-            total = self.total[row]
-            for mask in (1, 2):
-                total = scalar(total + shuffle_xor(total, mask))
-            share = scalar(tir.Select(total > f32(0), f32(1) / tir.Select(total > f32(0), total, f32(1)), f32(0)))
+            _, share = self.whole_total(row)
             for at in self.output_places(row):
                 self.output[at] = self.output[at] * share
+
+    def whole_total(self, row: int) -> tuple[Expr, Expr]:
+        """The total of a row over its lanes, and what normalizes by it: 0 where nothing was attended to."""
+        total = self.total[row]
+        for mask in (1, 2):
+            total = scalar(total + shuffle_xor(total, mask))
+        return total, scalar(tir.Select(total > f32(0), f32(1) / tir.Select(total > f32(0), total, f32(1)), f32(0)))

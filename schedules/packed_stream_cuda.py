@@ -25,14 +25,13 @@ Expr = Any
 
 @dataclass
 class Share:
-    """A warp's share of a sequence: ``count`` tiles, ``first``, ``first + step``, …, of those before token ``packed``.
+    """A warp's share of a sequence: tiles ``first``, ``first + step``, … of those before token ``packed``.
 
     ``oldest``: the first token behind the sinks that is attended to. All int32.
     """
 
     first: Expr
     step: Expr
-    count: Expr
     packed: Expr
     oldest: Expr
 
@@ -72,19 +71,18 @@ class PackedStream:
             return TrellisValues.place(self.ring.lane, j, half)
         return 16 * j + 8 * half + self.ring.lane // 4
 
-    def begin(self, cache: Any, where: tuple[Expr, Expr], share: Share) -> None:
-        """Begin to copy the warp's tiles of one (sequence, kv head)."""
-        self._where, self._share = where, share
+    def begin(self, cache: Any, centres: Any, where: tuple[Expr, Expr], share: Share) -> None:
+        """Begin to copy the warp's tiles of one (sequence, kv head), whose keys may have ``centres``."""
+        self._where, self._share, self._centre = where, share, centres
         self._tiles = scalar(i32(cache.shape[2])) if self.wraps else None
         self._source = lambda number, word: cache.ptr_to([*where, self._place(share, number), word])
-        self.ring.start(self._source, share.count)
-        self._ahead = None
-
-    def expect_centres(self, centre: Any) -> None:
-        """Begin to load the first tile's centre, if keys have one."""
-        if self.policy.center:
-            self._centre, self._ahead = centre, (Registers(self.head_dim // 16), Registers(1, "float32"))
-            self._load_centre(i32(0))
+        if self.ring.beside:
+            self.ring.source_beside = self._centre_source
+        self.ring.start(self._source, lambda number: (share.first + number * share.step) * TOKENS < share.packed)
+        # Only then, since it takes a division.
+        left = (share.packed + (TOKENS - 1)) // TOKENS - share.first
+        self._count = scalar(tir.max(left + (share.step - 1), i32(0)) // share.step)
+        self._ahead: Any = None
 
     def _place(self, share: Share, number: Expr) -> Expr:
         """Where in the cache the stream's tile ``number`` stands."""
@@ -95,16 +93,17 @@ class PackedStream:
         """Take in the tiles, once the queries are at hand (``keys.start``)."""
         ring, lane, share, source, ahead = self.ring, self.ring.lane, self._share, self._source, self._ahead
         self.weights.start()
-        with T.serial(0, share.count) as number:
+        with T.serial(0, self._count) as number:
             start = scalar(ring.wait())
             tile = scalar(share.first + number * share.step)
             scores = self._scores(start)
-            if ahead is not None:
-                words, scale = ahead
-                offset = self.keys.centre(words, scale[0])
+            if self._centre is not None:
+                words, scale = ahead or self._centre_beside(start, number)
+                offset = self.keys.centre(words, float_of(scale[0]))
                 for k in range(8):
                     scores[k] = scores[k] + offset
-                self._load_centre(number + 1)
+                if ahead is not None:
+                    self._load_centre(number + 1)
             gains = self._gains(start)
             held = self.values.load(start + self.word("v_codes")) if integer_values(self.values) else None
             edge = tir.Or((tile + 1) * TOKENS > share.packed, tile * TOKENS < share.oldest)
@@ -114,7 +113,7 @@ class PackedStream:
             if held is None:
                 self._add_halves(start, weights, edge, tile, share)
             # Not before: the loads of the tile's last words, which it waits for, are on their way meanwhile.
-            ring.refill(source, number + ring.stages, share.count)
+            ring.refill(source, number + ring.depth, self._count)
             if held is not None:
                 self.values.add(held, weights)
             ring.advance()
@@ -185,14 +184,50 @@ class PackedStream:
 
         self.values.add(fragment, weights)
 
+    def load_centre(self) -> None:
+        """Begin to load the first tile's centre, if keys have one that does not come with it."""
+        if self._centre is not None and not self.ring.beside:
+            self._ahead = Registers(self.head_dim // 16), Registers(1)
+            self._load_centre(i32(0))
+
     def _load_centre(self, number: Expr) -> None:
         """Load the centre of the stream's tile ``number``, if there is one."""
-        (words, scale), centre, where, share = self._ahead, self._centre, self._where, self._share
-        with T.If(number < share.count), T.Then():
-            block = scalar(self._place(share, number) // (self.policy.center // TOKENS))
+        words, scale = self._ahead
+        with T.If(number < self._count), T.Then():
+            place = self._centre_of(number)
+            # Past the order of ordinary loads, for which every fence would wait.
             for step in range(self.head_dim // 16):
-                words[step] = centre[(*where, block, 4 * step + self.ring.lane % 4)]
-            scale[0] = float_of(centre[(*where, block, self.head_dim // 4)])
+                load_words(words, step, self._centre, [*place, 4 * step + self.ring.lane % 4], 1, "global.nc")
+            load_words(scale, 0, self._centre, [*place, self.head_dim // 4], 1, "global.nc")
+
+    @staticmethod
+    def words_beside(head_dim: int) -> int:
+        """Words of the units of 16 bytes that a centre lies in, wherever it begins."""
+        return head_dim // 4 + 4
+
+    def _centre_source(self, number: Expr) -> Expr:
+        """The address of the first of these units; the last may reach beyond the array, but not beyond its memory."""
+        place = self._centre_of(number)
+        return self._centre.ptr_to([*place, -self._centre_offset(place)])
+
+    def _centre_offset(self, place: tuple[Expr, ...]) -> Expr:
+        """How many words behind the beginning of a unit the centre begins."""
+        b, head, block = (u32(index) for index in place)
+        heads, blocks = (u32(i32(size)) for size in self._centre.shape[1:3])
+        row = (b * heads + head) * blocks + block
+        return i32(scalar(row * u32(self.head_dim // 4 + 1) & u32(3)))
+
+    def _centre_beside(self, start: Expr, number: Expr) -> tuple[Registers, Registers]:
+        """The centre that came with the tile that begins at this word."""
+        words, scale = Registers(self.head_dim // 16), Registers(1)
+        first = scalar(start + self.ring.tile_words + self._centre_offset(self._centre_of(number)))
+        for step in range(self.head_dim // 16):
+            words[step] = self.ring.shared[first + 4 * step + self.ring.lane % 4]
+        scale[0] = self.ring.shared[first + self.head_dim // 4]
+        return words, scale
+
+    def _centre_of(self, number: Expr) -> tuple[Expr, ...]:
+        return *self._where, scalar(self._place(self._share, number) // (self.policy.center // TOKENS))
 
 
 class _Chunks:

@@ -13,9 +13,11 @@ from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.cache_policy import CachePolicy
 
-from .cuda_ops import Registers, i32, load_words, prmt, scalar, u32
+from .cuda_ops import WARP, Registers, i32, load_words, prmt, ptx, scalar, u32
+from .decode_place_cuda import DecodePlace
+from .decode_queries_cuda import DecodeQueries
 from .decode_scores_cuda import HalfScores
-from .decode_softmax_cuda import HIDDEN, Weights
+from .decode_softmax_cuda import HIDDEN, SumSlots, Weights
 from .decode_values_cuda import HalfValues
 
 Expr = Any
@@ -23,6 +25,8 @@ Expr = Any
 
 ROWS = 16
 """Rows that a warp takes at a time."""
+SECTOR = 16
+"""Elements that memory is read by."""
 
 
 class PlainRows:
@@ -36,75 +40,79 @@ class PlainRows:
     def turns(self, bounds: tuple[Expr, Expr, Expr]) -> Expr:
         """How often 16 rows are taken, for those whose positions are in ``bounds`` = (oldest, packed, stored).
 
-        See ``ops.segments``.
+        See ``ops.segments``. Rows are numbered from the first sink that is attended to on; the ring's follow.
         """
-        self._bounds = oldest, packed, stored = bounds
+        oldest, packed, stored = bounds
         sinks = self.policy.sinks
-        self._first = first = scalar(tir.max(packed, oldest - sinks))
-        sink_turns = -(-sinks // ROWS)
-        ring_turns = tir.if_then_else(
-            stored - sinks > first, (stored - sinks + (ROWS - 1)) // ROWS - first // ROWS, i32(0)
-        )
-        turns = ring_turns + sink_turns if self.policy.ring else i32(sink_turns)
-        self._turns = scalar(tir.if_then_else(stored > 0, turns, i32(0)))  # an empty sequence may have no row at all
-        return self._turns
+        self._sink = scalar(oldest)
+        self._sinks = scalar(tir.max(tir.min(stored, i32(sinks)) - oldest, i32(0)))
+        self._count = self._sinks
+        if self.policy.ring:
+            first = scalar(tir.max(packed, oldest - sinks))
+            self._ring = scalar(first % self.policy.ring)
+            self._count = scalar(self._sinks + tir.max(stored - sinks - first, i32(0)))
+        return scalar((self._count + (ROWS - 1)) // ROWS)
 
-    def stream(self, lane: Expr, begin: Expr, step: Expr) -> None:
-        """Take turns ``begin``, ``begin + step``, … of them (``turns``), once the queries are at hand."""
-        oldest, _, stored = self._bounds
-        first, sinks = self._first, self.policy.sinks
-        sink_turns = -(-sinks // ROWS)
+    def approach(self, lane: Expr, turn: Expr) -> None:
+        """Begin to bring the rows of a turn into the L2 cache: there are no registers to load them into early."""
+        sectors = self.head_dim // SECTOR
+        for start in range(0, ROWS * sectors, WARP):
+            sector = scalar(tir.min(start + lane, ROWS * sectors - 1))
+            row, part = self._slot(turn, sector // sectors), sector % sectors * SECTOR
+            for role in range(2):
+                ptx("prefetch.global.L2", self.plain.ptr_to([*self.where, role, row, part]))
+
+    def stream(self, lane: Expr, begin: Expr, more: Expr, step: Expr) -> None:
+        """Take the turn ``begin`` and ``more`` others, each ``step`` later; the queries are at hand."""
         self.weights.start()
-        held = scalar(tir.min(stored, i32(sinks)))
-        with T.serial(0, (self._turns - begin + (step - 1)) // step) as turn:
-            number = scalar(begin + turn * step)
-            in_sinks = number < sink_turns
-            base = scalar(tir.if_then_else(in_sinks, number * ROWS, (first // ROWS + number - sink_turns) * ROWS))
-            low = scalar(tir.if_then_else(in_sinks, oldest, first))
-            high = scalar(tir.if_then_else(in_sinks, held, stored - sinks))
+        with T.serial(0, more + 1) as number:
+            self._take(lane, scalar(begin + number * step))
 
-            def slot(token: Expr, base: Expr = base, low: Expr = low, high: Expr = high, sink: Expr = in_sinks) -> Expr:
-                # A row that is not attended to may never have been written: read one that was.
-                at = tir.max(tir.min(tir.max(base + token, low), high - 1), i32(0))
-                ring = at % max(1, self.policy.ring) + sinks
-                return scalar(tir.if_then_else(sink, tir.min(at, i32(max(sinks - 1, 0))), ring))
+    def _slot(self, turn: Expr, token: Expr) -> Expr:
+        """Where a row stands."""
+        # A row that is not attended to may never have been written: read one that was.
+        row = scalar(tir.min(turn * ROWS + token, self._count - 1))
+        sink = scalar(tir.min(self._sink + row, i32(max(self.policy.sinks - 1, 0))))
+        if not self.policy.ring:
+            return sink
+        place = scalar(self._ring + row - self._sinks)
+        place = tir.Select(place >= self.policy.ring, place - self.policy.ring, place) + self.policy.sinks
+        return scalar(tir.Select(row < self._sinks, sink, place))
 
-            def attended(token: Expr, base: Expr = base, low: Expr = low, high: Expr = high) -> Expr:
-                return (base + token >= low) & (base + token < high)
-
-            self._take(lane, slot, attended)
-
-    def _take(self, lane: Expr, slot: Any, attended: Any) -> None:
+    def _take(self, lane: Expr, turn: Expr) -> None:
         g, t = scalar(lane // 4), scalar(lane % 4)
-        keys = [self._keys(slot(8 * i + g), t) for i in range(ROWS // 8)]
-        values = self._values([slot(8 * pair + 2 * t + u) for pair in range(2) for u in range(2)], g)
+        tokens = [8 * pair + 2 * t + u for pair in range(2) for u in range(2)]
+        keys = [self._key(self._slot(turn, 8 * i + g), t) for i in range(ROWS // 8)]
+        values = [self._values(self._slot(turn, token), g) for token in tokens]
         scores = Registers(ROWS // 4, "float32")
-        for i, key in enumerate(keys):
-            pair = self.keys.octet(lambda step, key=key: key[step])
+        for i in range(ROWS // 8):
+            pair = self.keys.octet(lambda step, i=i: [keys[i][2 * step + k] for k in range(2)])
             for u in range(2):
-                scores[2 * i + u] = tir.Select(attended(8 * i + 2 * t + u), pair[u], tir.const(HIDDEN, "float32"))
-        weights = self.weights.take(scores, None, lane)
+                row = turn * ROWS + 8 * i + 2 * t + u
+                scores[2 * i + u] = tir.Select(row < self._count, pair[u], tir.const(HIDDEN, "float32"))
+        weights = self.weights.take_first(scores, lane)
 
         def fragment(j: int, half: int, x: int, pair: int) -> Expr:
             del x
-            chunk, wide = self._chunk(j)
-            two = [values[chunk][2 * pair + u][j % 2 if wide else 0] for u in range(2)]
+            two = [values[2 * pair + u][j] for u in range(2)]
             return prmt(*two, u32(0x7632 if half else 0x5410))
 
         self.values.add(fragment, weights)
 
-    def _keys(self, row: Expr, t: Expr) -> list[list[Expr]]:
+    def _key(self, row: Expr, t: Expr) -> Registers:
         """The lane's elements of a key: for each step, 16·step + 4t + 0 … 3 as two words."""
-        return [self._load(0, row, 16 * step + 4 * t, 2) for step in range(self.head_dim // 16)]
+        words = Registers(self.head_dim // 8)
+        for step in range(self.head_dim // 16):
+            self._load(words, 2 * step, (0, row, 16 * step + 4 * t), 2)
+        return words
 
-    def _values(self, rows: list[Expr], g: Expr) -> list[list[list[Expr]]]:
-        """Of each chunk of 32 dims (16 at an odd end) and each row, the lane's 4 (2) neighbouring elements."""
-        chunks = []
+    def _values(self, row: Expr, g: Expr) -> Registers:
+        """Of each chunk of 32 dims (16 at an odd end) of a row, the lane's 4 (2) neighbouring elements."""
+        words = Registers(self.head_dim // 16)
         for chunk in range(-(-self.head_dim // 32)):
-            wide = 32 * chunk + 32 <= self.head_dim
-            start = 32 * chunk + (4 if wide else 2) * g
-            chunks.append([self._load(1, row, start, 2 if wide else 1) for row in rows])
-        return chunks
+            wide = self._chunk(2 * chunk)[1]
+            self._load(words, 2 * chunk, (1, row, 32 * chunk + (4 if wide else 2) * g), 2 if wide else 1)
+        return words
 
     def _chunk(self, j: int) -> tuple[int, bool]:
         """The chunk that block j of 16 dims lies in, and whether it is a whole one."""
@@ -117,7 +125,34 @@ class PlainRows:
             return 32 * chunk + 4 * (lane // 4) + 2 * (j % 2) + half
         return 16 * j + 2 * (lane // 4) + half
 
-    def _load(self, role: int, row: Expr, dim: Expr, words: int) -> list[Expr]:
-        target = Registers(words)
-        load_words(target, 0, self.plain, [*self.where, role, row, dim], words, "global")
-        return list(target)
+    def _load(self, target: Registers, at: int, where: tuple[int, Expr, Expr], words: int) -> None:
+        load_words(target, at, self.plain, [*self.where, *where], words, "global.nc")
+
+
+class PlainShare:
+    """A warp's share of the rows of a stream; ``slots`` keep its sums while it takes tiles."""
+
+    def __init__(self, place: DecodePlace, rows: PlainRows, slots: SumSlots, bounds: tuple[Expr, Expr, Expr]) -> None:
+        """Begin to bring the first rows nearer. ``bounds``: see ``PlainRows.turns``."""
+        self.place, self.rows, self.slots = place, rows, slots
+        # From the last warps of every block on, which have no more tiles than others.
+        behind = place.warps - 1 - place.warp, place.splits - 1 - place.split
+        self._first = scalar(behind[0] * place.splits + behind[1])
+        self._turns = scalar(rows.turns(bounds) - self._first)
+        # Streams of one block are those of large batches: memory is busy then, and the rows come no sooner.
+        with T.If((self._turns > 0) & (place.splits > 1)), T.Then():
+            rows.approach(place.lane, self._first)
+
+    def attend(self, queries: DecodeQueries) -> None:
+        """Attend to the rows."""
+        place, rows = self.place, self.rows
+        with T.If(self._turns > 0), T.Then():
+            rows.keys.start(queries.load, queries.scale)
+            step = scalar(place.step)
+            rows.stream(place.lane, self._first, scalar((self._turns - 1) // step), step)
+            self.slots.put(rows.weights, place.warp, place.lane, lambda j, half: rows.place(place.lane, j, half))
+
+    def add_to(self, own: SumSlots, scale: float) -> None:
+        """Add the rows' sums to the warp's other ones, which are times ``scale``."""
+        with T.If(self._turns > 0), T.Then():
+            own.fold(self.place.warp, self.slots, self.place.lane, 1 / scale)

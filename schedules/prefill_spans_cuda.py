@@ -59,9 +59,10 @@ class Sight:
 
 
 class TokenSpans:
-    """The two spans of tokens that a block reads: packed ones and 16-bit rows (``row_stream_cuda``).
+    """The spans of tokens that a block reads: packed ones and 16-bit rows, the policy's and the chunk's own.
 
-    ``past`` tokens precede the chunk. Blocks of padding read none.
+    ``past`` tokens precede the chunk. Blocks of padding read none. ``first_tile``, ``kept_begin`` and ``begin`` are
+    where the three begin; ``packed``, ``kept.stop`` and ``stop`` where they end.
     """
 
     def __init__(self, rows: QueryRows, segments: Segments, past: Expr) -> None:
@@ -69,27 +70,33 @@ class TokenSpans:
         some = rows.token(i32(0)) < rows.new
         packed = scalar(segments.packed(rows.where[0], past))
         self.packed = scalar(tir.Select(some, packed, i32(0)))
-        self.kept = self._kept(segments, packed) if self.policy.segmented else None
-        self._count = self.kept.count if self.kept else i32(0)
+        self.kept = self._kept(segments, packed, some) if self.policy.segmented else None
         last = rows.token(i32(rows.rows - 1))
-        self.stop = scalar(tir.Select(some, self._count + tir.min(last + 1, rows.new), i32(0)))
-        self.begin, self.first_tile = i32(0), i32(0)
+        self.stop = scalar(tir.Select(some, tir.min(last + 1, rows.new), i32(0)))
+        self.begin, self.kept_begin, self.first_tile = i32(0), i32(0), i32(0)
         if rows.shape.window:
             self._skip_what_no_row_sees()
 
-    def _kept(self, segments: Segments, packed: Expr) -> KeptRows:
+    def _kept(self, segments: Segments, packed: Expr, some: Expr) -> KeptRows:
         policy = self.policy
         held = scalar(tir.min(self.past, i32(policy.sinks)))
         ring = tir.max(self.past - policy.sinks - packed, 0) if policy.ring else i32(0)
-        return KeptRows(segments.plain, policy, scalar(held + ring), held, packed)
+        stop = scalar(tir.Select(some, held + ring, i32(0)))
+        return KeptRows(segments.plain, self.rows.where, policy, stop, held, packed)
 
     def _skip_what_no_row_sees(self) -> None:
         oldest = scalar(self.rows.token(i32(0)) - (self.rows.shape.window - 1))
         self.first_tile = scalar(tir.max(self.past + oldest - self.policy.sinks, 0) // TOKENS)
-        begin = tir.max(self._count + oldest, self.kept.held if self.kept else 0)
+        self.begin = scalar(tir.max(oldest, i32(0)))
         if self.kept:
-            begin = tir.Select(self.past + oldest < self.kept.held, i32(0), begin)
-        self.begin = scalar(begin)
+            begin = tir.max(self.kept.stop + oldest, self.kept.held)
+            self.kept_begin = scalar(tir.Select(self.past + oldest < self.kept.held, i32(0), begin))
+
+    @property
+    def some_past(self) -> Expr:
+        """Whether anything before the chunk is read."""
+        packed = self.packed > self.first_tile * TOKENS
+        return tir.any(packed, self.kept.stop > self.kept_begin) if self.kept else packed
 
     def hide_packed(self, attention: WarpAttention, sight: Sight, first: Expr) -> None:
         """Mask the scores of a stage of packed tokens; ``first``: the number of its first one behind the sinks."""
@@ -97,18 +104,23 @@ class TokenSpans:
         with T.If(sight.limited(start, stop)), T.Then():
             attention.hide(sight.seen(start, stop), self.rows.thread % WARP)
 
-    def hide_rows(self, attention: WarpAttention, sight: Sight, first: Expr) -> None:
-        """Mask the scores of a stage of 16-bit rows; ``first``: the number of its first one."""
-        lane, kept = self.rows.thread % WARP, self.kept
-        start = scalar(first - self._count)
-        limited = sight.limited(start, None)
-        if kept is None or sight.window is None:
+    def hide_kept(self, attention: WarpAttention, sight: Sight, kept: KeptRows, first: Expr) -> None:
+        """Mask the scores of a stage of rows that the policy keeps; ``first``: the number of its first one."""
+        lane = self.rows.thread % WARP
+        start, stop = scalar(first - kept.stop), scalar(kept.stop - first)
+        limited = sight.limited(start, stop)
+        if sight.window is None:
             with T.If(limited), T.Then():
-                attention.hide(sight.seen(start, None), lane)
+                attention.hide(sight.seen(start, stop), lane)
             return
         # Between the sinks and the rows that follow them in the numbering, there are the packed tokens.
         sinks = scalar(first - self.past)
         with T.If(tir.any(limited, tir.all(first < kept.held, sinks <= sight.last - sight.window))), T.Then():
-            near, far = sight.seen(start, None), sight.seen(sinks, None)
+            near, far = sight.seen(start, stop), sight.seen(sinks, stop)
             left = scalar(kept.held - first)
             attention.hide(lambda row, token: tir.if_then_else(token < left, far(row, token), near(row, token)), lane)
+
+    def hide_chunk(self, attention: WarpAttention, sight: Sight, first: Expr) -> None:
+        """Mask the scores of a stage of the chunk's rows; ``first``: the token of its first one."""
+        with T.If(sight.limited(first, None)), T.Then():
+            attention.hide(sight.seen(first, None), self.rows.thread % WARP)

@@ -53,29 +53,29 @@ class SharedRows:
         """Set an element."""
         T.buffer_store(self.shared, bits_of(value), [self.at(row, dim)])
 
-    def hold(self, body: Callable[[Expr, Expr], Expr]) -> Callable[[], None]:
-        """Work out ``body(row, dim)``, float32, for every element; what is returned puts it in place, later.
+    def hold(self, body: Callable[[Expr, Expr], Expr]) -> Callable[[Callable[[Expr, Expr, Expr], None]], None]:
+        """Work out ``body(row, dim)`` for every element; what is returned hands them to a ``store(row, dim, value)``.
 
-        The loads in it are on their way meanwhile, if they are few.
+        If they are few, all of the loads in ``body`` come before the first store.
         """
         items = self.rows * self.head_dim
         turns = -(-items // self.threads)
         if turns > MOST_HELD:
-            return lambda: self.each(lambda row, dim: self.put(row, dim, body(row, dim)))
-        held, places = Registers(turns, "float32"), []
+            return lambda store: self.each(lambda row, dim: store(row, dim, body(row, dim)))
+        held = []
         for turn in range(turns):
             item = scalar(turn * self.threads + self.thread)
-            places.append((scalar(item // self.head_dim), scalar(item % self.head_dim), item < items))
-            row, dim, _ = places[turn]
-            held[turn] = body(tir.min(row, self.rows - 1) if items % self.threads else row, dim)
+            row, dim = scalar(item // self.head_dim), scalar(item % self.head_dim)
+            value = scalar(body(tir.min(row, self.rows - 1) if items % self.threads else row, dim))
+            held.append((row, dim, value, item < items))
 
-        def put() -> None:
-            for turn, (row, dim, inside) in enumerate(places):
+        def put(store: Callable[[Expr, Expr, Expr], None]) -> None:
+            for row, dim, value, inside in held:
                 if items % self.threads == 0:
-                    self.put(row, dim, held[turn])
+                    store(row, dim, value)
                 else:
                     with T.If(inside), T.Then():
-                        self.put(row, dim, held[turn])
+                        store(row, dim, value)
 
         return put
 
@@ -116,7 +116,7 @@ class SharedRows:
         return layers
 
     def _layer(self, block: int, stride: int, coefficients: Any, offset: int, ahead: Registers | None) -> None:
-        def body(row: Expr, dim: Expr) -> None:
+        def element(row: Expr, dim: Expr) -> Expr:
             if stride == 1:
                 base = tir.min(dim // block * block, self.head_dim - block)
             else:
@@ -126,6 +126,9 @@ class SharedRows:
             for k in range(block):
                 factor = coefficients[offset + dim * block + k] if ahead is None else ahead[k]
                 total[0] = total[0] + factor * self.get(row, base + k * stride)
-            T.buffer_store(self.shared, bits_of(total[0]), [self.at(row, dim, 1 - self.now)])
+            return total[0]
 
-        self.each(body)
+        def store(row: Expr, dim: Expr, value: Expr) -> None:
+            T.buffer_store(self.shared, bits_of(value), [self.at(row, dim, 1 - self.now)])
+
+        self.hold(element)(store)

@@ -7,12 +7,28 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
+from rotquant_tvm.ops.model_op import model_properties
+from rotquant_tvm.ops.rms_norm import rms_norm_attrs
+
 from .cuda_ops import WARP, Registers, across, block_sync, f32, half2, load_words, pack_half2, scalar, store_words
 from .dependent_launch_cuda import let_next_start, starts_early, wait_for_inputs
+from .knobs import chosen_knobs
 
+KNOBS: dict[str, tuple[int, ...]] = {"threads": (64, 128, 256, 512, 1024)}
+"""``threads`` of a block at most."""
 LANE_VALUES = 8
 """Values of one access of 16 bytes."""
 MOST_THREADS = 512
+"""By default."""
+
+
+def rms_norm_cuda(func: tir.PrimFunc, target: Target) -> tir.PrimFunc | None:
+    """Build the kernel with the knobs that a definition (``ops.rms_norm``) chose; None for odd rows."""
+    found = model_properties(func)
+    size = (int(found["features"]), float(found["epsilon"]), int(found["leading"]))
+    if not takes_features(size[0]):
+        return None
+    return rms_norm(*size, target, chosen_knobs(func).get("threads", MOST_THREADS))
 
 
 def takes_features(features: int) -> bool:
@@ -20,16 +36,19 @@ def takes_features(features: int) -> bool:
     return features % LANE_VALUES == 0
 
 
-def rms_norm(features: int, epsilon: float, leading: int, target: Target) -> tir.PrimFunc:
+def rms_norm(
+    features: int, epsilon: float, leading: int, target: Target, most_threads: int = MOST_THREADS
+) -> tir.PrimFunc:
     """Build ``rms_norm(x, weight, y)``: x and y float16 [..., features] with ``leading`` symbolic sizes before.
 
     Sums and products are float32; x / rms(x) is rounded to float16 before it is multiplied by the weight, as the
     models' own code does.
     """
     parts = features // LANE_VALUES
-    threads = min(MOST_THREADS, -(-parts // WARP) * WARP)
+    threads = min(most_threads, -(-parts // WARP) * WARP)
     with IRBuilder() as builder, T.prim_func(s_tir=False, is_private=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
+        T.func_attr(rms_norm_attrs(features, epsilon, leading))
         sizes = [tir.Var(f"d{i}", "int64") for i in range(leading)]
         x = T.arg("x", T.buffer((*sizes, features), "float16"))
         weight = T.arg("weight", T.buffer((features,), "float16"))

@@ -1,7 +1,6 @@
 """Rows of 16-bit keys and values on their way to the tensor cores, on CUDA: copied ahead into shared memory.
 
-The rows of a sequence and kv head are numbered through: those that a cache policy keeps in 16 bits (sinks, then the
-ring), then the chunk's own.
+They are those that a cache policy keeps in 16 bits (sinks, then the ring, numbered through) or the chunk's own.
 """
 
 from __future__ import annotations
@@ -39,12 +38,32 @@ def wait_for_copies(pending: int) -> None:
 
 
 @dataclass(frozen=True)
+class ChunkRows:
+    """The chunk's own rows of a sequence and head, ``where``, up to ``stop`` - 1."""
+
+    chunk: tuple[Any, Any]
+    where: tuple[Expr, Expr]
+    stop: Expr
+
+    def copy(self, shared: Any, at: Expr, role: int, row: Expr, dim: Expr) -> None:
+        """Start copying dims ``dim`` … + 7 of a row of K or V to element ``at`` of shared memory.
+
+        Rows from ``stop`` on read as 0.
+        """
+        copy_ahead(shared, at, self.chunk[role], [*self.where, row, dim], row < self.stop)
+
+
+@dataclass(frozen=True)
 class KeptRows:
-    """The 16-bit rows of a cache: ``count`` of them, the first ``held`` being sinks; ``packed`` tokens lie between."""
+    """The rows of a sequence and head that a policy keeps in 16 bits.
+
+    There are ``stop`` of them, the first ``held`` being sinks; ``packed`` tokens lie between these and the rest.
+    """
 
     plain: Any
+    where: tuple[Expr, Expr]
     policy: CachePolicy
-    count: Expr
+    stop: Expr
     held: Expr
     packed: Expr
 
@@ -56,30 +75,9 @@ class KeptRows:
         behind = (row - sinks + self.packed) % ring + sinks
         return tir.Select(row < sinks, row, behind) if sinks else behind
 
-
-@dataclass(frozen=True)
-class RowSource:
-    """Rows of a sequence and head up to ``stop`` - 1; ``kept``: those of the cache, or None."""
-
-    chunk: tuple[Any, Any]
-    where: tuple[Expr, Expr]
-    kept: KeptRows | None
-    stop: Expr
-
     def copy(self, shared: Any, at: Expr, role: int, row: Expr, dim: Expr) -> None:
-        """Start copying dims ``dim`` … + 7 of a row of K or V to element ``at`` of shared memory.
-
-        Rows from ``stop`` on read as 0.
-        """
-        if self.kept is None:
-            copy_ahead(shared, at, self.chunk[role], [*self.where, row, dim], row < self.stop)
-            return
-        with T.If(row < self.kept.count):
-            with T.Then():
-                copy_ahead(shared, at, self.kept.plain, [*self.where, role, self.kept.slot(row), dim])
-            with T.Else():
-                index = [*self.where, row - self.kept.count, dim]
-                copy_ahead(shared, at, self.chunk[role], index, row < self.stop)
+        """See ``ChunkRows``."""
+        copy_ahead(shared, at, self.plain, [*self.where, role, self.slot(row), dim], row < self.stop)
 
 
 def share_out(count: int, thread: Expr, threads: int) -> Iterator[Expr]:
@@ -104,7 +102,7 @@ class RowStream:
     tiling: PrefillTiling
     shared: Any
     thread: Expr
-    source: RowSource
+    source: ChunkRows | KeptRows
     begin: Expr
 
     @property

@@ -12,8 +12,8 @@ SMALL = 16384
 """Elements of output. A launch costs 5–30 µs; a thread computes about one simple element per nanosecond."""
 
 
-def serial_when_small(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Run the parallel loops of a scheduled function serially if its last output has up to SMALL elements.
+def serial_when_small(func: tirx.PrimFunc, small: int = SMALL) -> tirx.PrimFunc:
+    """Run the parallel loops of a scheduled function serially if its last output has up to ``small`` elements.
 
     With symbolic extents this is decided at each call, so the function holds both versions of its body.
     """
@@ -22,8 +22,8 @@ def serial_when_small(func: tirx.PrimFunc) -> tirx.PrimFunc:
     elements = functools.reduce(lambda a, b: a * b, extents, tirx.const(1, "int64"))
     elements = tvm.sym.Analyzer().simplify(elements)
     if isinstance(elements, tirx.IntImm):
-        return func.with_body(_serial(func.body)) if int(elements) <= SMALL else func
-    choice = tirx.IfThenElse(elements <= SMALL, _serial(_copy(func)), func.body)
+        return func.with_body(_serial(func.body)) if int(elements) <= small else func
+    choice = tirx.IfThenElse(elements <= small, _serial(_copy(func)), func.body)
     root = s_tir.SBlock([], [], [], "root", choice)
     return func.with_body(s_tir.SBlockRealize([], True, root))
 

@@ -22,7 +22,8 @@ from rotquant_tvm.ops.vector_code import corrected_gain
 
 from .cuda_ops import Registers, any_lane, bits_of, f32, pack_half2, prmt, ptx, scalar, shuffle_xor, u32
 from .stepped_table_cuda import SteppedTable, fma
-from .tile_pack_cuda import EVERY_NIBBLE, Lane
+from .tile_lane_cuda import Lane
+from .tile_pack_cuda import EVERY_NIBBLE
 from .tile_rows_cuda import pack_brain2
 
 Expr = Any
@@ -41,10 +42,12 @@ class HalfTileCodes:
 
     groups  its words in order: one to a group, two at 8 bits, four at 16.
     gains   [row][slot], float16 bits as uint32, known to all lanes that share the token.
+    own     instead of these, the only gain of the lane's own slot (``Lane.own``).
     """
 
     groups: list[Expr]
     gains: list[list[Expr]]
+    own: Expr | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from rotquant_tvm.formats import HALF_MAX, Codec, TileLayout
 from .block_codes_cuda import BlockCodes
 from .cuda_ops import Registers, i32, scalar, u32
 from .tile_codes_cuda import Guard, HalfTileCodes, encode_half_tile
-from .tile_pack_cuda import Lane, TileStores
+from .tile_lane_cuda import Lane
+from .tile_pack_cuda import TileStores
 from .tile_rotation_cuda import TileRotation
 from .tile_rows_cuda import ROWS, HalfTileRows, clip
 
@@ -142,6 +143,8 @@ class TileEncoder:
         return Guard(rows.proof, lambda: self.rotation.repair(values, rows, self.order))
 
     def _store_half(self, at: tuple[Expr, ...], half: Expr, codes: HalfTileCodes, written: Any) -> None:
+        if codes.own is not None:
+            self.stores.own_gain(at, half, codes.own, written)
         for row, gains in enumerate(codes.gains):
             self.stores.gains(at, half, row, gains, written)
         if self.wide:

@@ -17,6 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from rotquant_tvm.formats import TOKENS, TileLayout
 
 from .cuda_ops import WARP, Registers, load_words, lop3, prmt, scalar, shuffle_xor, store_words, u32
+from .tile_lane_cuda import Lane
 
 Expr = Any
 SELECT = 0xCA
@@ -74,65 +75,6 @@ def _gather_bits(group: Expr) -> Expr:
     value = scalar((value | value >> u32(3)) & u32(0x03030303))
     value = scalar((value | value >> u32(6)) & u32(0x000F000F))
     return scalar((value | value >> u32(12)) & u32(0xFF))
-
-
-@dataclass(frozen=True)
-class Lane:
-    """The order of a role's codes and gains in a tile, for a lane (g, t) = (lane / 4, lane % 4) of a warp.
-
-    A tile has two halves of 16 tokens. Of half number s and 16 dims a lane holds eight elements, named as those of two
-    accumulators of the tensor cores: ``block`` a, ``row`` r (g or g + 8 there) and ``column`` u (2t or 2t + 1 there):
-
-        K: token 16s + 8r + g           dim 4t + 2a + u
-        V: token 16s + 8a + 2t + u      dim 8r + g
-
-    The two ``a`` and ``u`` are a group's four elements, ``r`` is its half. A *slot* is one of the lane's tokens of a
-    half: r, or 2a + u.
-    """
-
-    role: str
-    head_dim: int
-    lane: Expr
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of 16 dims, and groups of eight codes to a half tile."""
-        return self.head_dim // 16
-
-    @property
-    def slots(self) -> int:
-        """How many of a half tile's tokens the lane shares."""
-        return 2 if self.role == "k" else 4
-
-    @property
-    def sharers(self) -> tuple[int, ...]:
-        """The lane masks between lanes that share tokens."""
-        return (1, 2) if self.role == "k" else (4, 8, 16)
-
-    def slot(self, a: int, r: int, u: int) -> int:
-        """The slot of an element."""
-        return r if self.role == "k" else 2 * a + u
-
-    def token(self, slot: int) -> Expr:
-        """A slot's token in its half tile."""
-        g, t = self.lane // 4, self.lane % 4
-        return g + 8 * slot if self.role == "k" else t * 2 + (slot // 2 * 8 + slot % 2)
-
-    def dim(self, a: int, r: int, u: int) -> Expr:
-        """An element's dim among its 16."""
-        g, t = self.lane // 4, self.lane % 4
-        return t * 4 + (2 * a + u) if self.role == "k" else g + 8 * r
-
-    def place(self, number: int) -> tuple[int, int]:
-        """(block of 16 dims, r) of half-group number 2·group + half of a half tile."""
-        return (number % self.blocks, number // self.blocks) if self.role == "k" else divmod(number, 2)
-
-    def in_order(self, first: Sequence[Expr], second: Sequence[Expr], each: int) -> list[Expr]:
-        """All groups of a tile from those of its two halves, ``each`` words to a group."""
-        if self.role == "k":
-            return [*first, *second]
-        starts = range(0, len(first), each)
-        return [word for at in starts for half in (first, second) for word in half[at : at + each]]
 
 
 class TileStores:
@@ -226,6 +168,23 @@ class TileStores:
         with T.If(chosen), T.Then():
             index = [*at, self.first_gain + row * (TOKENS // 2) + place + half * 2]
             self._store(index, words, masks)
+
+    def own_gain(
+        self, at: Sequence[Expr], half: Expr, gain: Expr, written: Callable[[Expr], Expr] | None
+    ) -> None:
+        """Store the only gain of the half tile's tokens: float16 bits (uint32), that of the lane's own slot."""
+        order, lane = self.order, self.order.lane
+        g, t = lane // 4, lane % 4
+        if order.role == "k":  # tokens g and g + 1, of the same slot
+            mask, slot, place, chosen = 4, t // 2, lane // 8 * 4, tir.all(g % 2 == 0, t % 2 == 0)
+            low = half * 16 + 8 * slot + g
+        else:  # tokens 2t and 2t + 1
+            mask, slot, place, chosen = 8, lane // 16, t * 4, lane % 16 < 4
+            low = half * 16 + 8 * slot + 2 * t
+        word = scalar(gain | shuffle_xor(gain, mask) << u32(16))
+        masks = [None if written is None else _pair_mask(low, low + 1, written)]
+        with T.If(chosen), T.Then():
+            self._store([*at, self.first_gain + place + half * 2 + slot], [word], masks)
 
     def _masks(self, half: int, written: Callable[[Expr], Expr]) -> list[Expr]:
         """The groups of a half tile with all bits of the written tokens' codes set."""

@@ -6,6 +6,7 @@ copy, announced to a barrier in shared memory; before that, the lanes copy 16 by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,9 @@ class TileRing:
     """``stages`` tiles of ``tile_words`` words each, in words ``first`` … of ``shared`` (uint32).
 
     ``barrier``: the first word of the ring's barriers, two words each (unused without bulk copies). ``source(number)``
-    gives the address of the stream's tile ``number``; tiles come and go in order.
+    gives the address of the stream's tile ``number``; tiles come and go in order. ``depth``: how many of the stages are
+    in use; all without bulk copies. ``beside``: words that come with a tile, behind it, from the address that
+    ``source_beside(number)`` gives; bulk copies only.
     """
 
     shared: Any
@@ -32,12 +35,15 @@ class TileRing:
     tile_words: int
     lane: Expr
     bulk: bool
+    depth: Expr
+    beside: int = 0
 
     def __post_init__(self) -> None:
         self._stage, self._phase = Registers(1, "int32"), Registers(1, "int32")
+        self.source_beside: Any = None
 
-    def start(self, source: Any, count: Expr) -> None:
-        """Begin to copy the first ``stages`` of the stream's ``count`` tiles."""
+    def prepare(self) -> None:
+        """Set the barriers up; best before anything is loaded, since it waits for that."""
         self._stage[0], self._phase[0] = 0, 0
         if self.bulk:
             with T.If(self.lane == 0), T.Then():
@@ -46,8 +52,11 @@ class TileRing:
                 ptx("fence.mbarrier_init.release.cluster")
                 ptx("fence.proxy.async.shared::cta")
             warp_sync()
+
+    def start(self, source: Any, exists: Callable[[int], Expr]) -> None:
+        """Begin to copy the stream's first ``stages`` tiles, as far as they exist."""
         for stage in range(self.stages):
-            self._copy(source, stage, stage, count)
+            self._copy(source, stage, stage, exists(stage) & (self.depth > stage) if stage else exists(stage))
 
     def wait(self) -> Expr:
         """Wait for the oldest tile; returns its first word in ``shared``."""
@@ -56,41 +65,46 @@ class TileRing:
         else:
             ptx("cp.async.wait_group", self.stages - 1)
             warp_sync()
-        return self.first + self._stage[0] * self.tile_words
+        return self.first + self._stage[0] * (self.tile_words + self.beside)
 
     def refill(self, source: Any, number: Expr, count: Expr) -> None:
         """Copy tile ``number`` (if below ``count``) where the oldest one was, which every lane has done reading."""
         if self.bulk:
             ptx("fence.proxy.async.shared::cta")  # a warp's barrier alone waits for no loads
         warp_sync()
-        self._copy(source, self._stage[0], number, count)
+        self._copy(source, self._stage[0], number, number < count)
 
     def advance(self) -> None:
         """Turn to the next tile."""
         self._stage[0] = self._stage[0] + 1
-        with T.If(self._stage[0] == self.stages), T.Then():
+        with T.If(self._stage[0] == self.depth), T.Then():
             self._stage[0] = 0
             self._phase[0] = 1 - self._phase[0]
 
     def _barrier(self, stage: Expr) -> Expr:
         return self.shared.ptr_to([self.barrier + 2 * stage])
 
-    def _copy(self, source: Any, stage: Expr, number: Expr, count: Expr) -> None:
-        at = self.first + stage * self.tile_words
+    def _bulk(self, at: Expr, source: Expr, words: int, stage: Expr) -> None:
+        ptx(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+            self.shared.ptr_to([at]),
+            source,
+            u32(4 * words),
+            self._barrier(stage),
+        )
+
+    def _copy(self, source: Any, stage: Expr, number: Expr, exists: Expr) -> None:
+        at = self.first + stage * (self.tile_words + self.beside)
         if self.bulk:
-            with T.If((number < count) & (self.lane == 0)), T.Then():
-                size = u32(4 * self.tile_words)
+            with T.If(exists & (self.lane == 0)), T.Then():
                 state = Registers(1, "uint64")
+                size = u32(4 * (self.tile_words + self.beside))
                 ptx("mbarrier.arrive.expect_tx.shared.b64", state[0], self._barrier(stage), size)
-                ptx(
-                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
-                    self.shared.ptr_to([at]),
-                    source(number, 0),
-                    size,
-                    self._barrier(stage),
-                )
+                self._bulk(at, source(number, 0), self.tile_words, stage)
+                if self.beside:
+                    self._bulk(at + self.tile_words, self.source_beside(number), self.beside, stage)
             return
-        with T.If(number < count), T.Then():
+        with T.If(exists), T.Then():
             for start in range(0, self.tile_words, 4 * WARP):
                 word = start + 4 * self.lane
 

@@ -11,55 +11,40 @@ sum of two float16 (or three bfloat16), with an error of 2^-24.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tvm.tirx as tir
-from numpy.typing import NDArray
 from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.formats import Codec
-from rotquant_tvm.formats.rotation import Structure, block_reads
 
 from .cuda_ops import WARP, Registers, block_sync, f32, i32, load_words, scalar, store_words, u32
-from .tile_pack_cuda import Lane
-from .tile_rows_cuda import HalfTileRows, brain2, multiply, pack_brain2
+from .matrix_entries_cuda import Half, MatrixPath, is_exact, paths
+from .quartet_layer_cuda import QuartetLayer
+from .tile_lane_cuda import Lane
+from .tile_rows_cuda import HalfTileRows, multiply
 
 Expr = Any
 TOGETHER = 4
 """Paths that a thread follows at a time."""
 
 
-def paths(structure: Structure, head_dim: int) -> NDArray[np.int64]:
-    """int64 [d, d]: how many products of coefficients an entry of the rotation's matrix is the sum of."""
-    count = np.eye(head_dim, dtype=np.int64)
-    for block, stride in structure:
-        layer = np.zeros((head_dim, head_dim), np.int64)
-        np.add.at(layer, (np.arange(head_dim)[:, None], block_reads(head_dim, block, stride)), 1)
-        count = layer @ count
-    return count
-
-
-def is_exact(codec: Codec) -> bool:
-    """Whether every rotation of the codec's family has entries 0 and powers of two.
-
-    A drawn one tells: random angles never have.
-    """
-    mantissas = np.abs(np.frexp(codec.rotation.matrix())[0])
-    return bool(np.isin(mantissas, (0.0, 0.5)).all())
-
-
 class TileRotation:
     """R x of half tiles; without layers the identity, which brings values into a tile's order all the same."""
 
-    def __init__(self, codec: Codec, dtype: str, role: str, scale: float = 1.0) -> None:
+    def __init__(
+        self, codec: Codec, dtype: str, role: str, scale: float = 1.0, outer: QuartetLayer | None = None
+    ) -> None:
         """Plan it, emitting nothing; ``dtype`` is the rows' (float32 rows are multiplied as bfloat16).
 
-        ``scale``: a power of two that all results are multiplied by.
+        ``scale``: a power of two that all results are multiplied by. ``outer``: how the last layer is applied, which
+        is not in the matrix then (only ``rotated`` can be asked for).
         """
-        self.scale = scale
+        self.scale, self.outer = scale, outer
         self.structure, self.head_dim, self.role = codec.rotation.structure, codec.head_dim, role
+        if outer is not None:
+            self.structure = self.structure[:-1]
         self.operand = "f16" if dtype == "float16" else "bf16"
         self.planes = 1 if is_exact(codec) else (2 if self.operand == "f16" else 3)
         self.blocks = self.head_dim // 16
@@ -82,7 +67,13 @@ class TileRotation:
     @property
     def words(self) -> int:
         """32-bit words of shared memory."""
-        return 0 if self.identity else self.planes * self._stored * 4 * WARP
+        if self.identity:
+            return 0
+        return self._matrix_words + (0 if self.outer is None else self.outer.words)
+
+    @property
+    def _matrix_words(self) -> int:
+        return (self.planes if self.outer is None else 2) * self._stored * 4 * WARP
 
     def fetch(self, coefficients: Any, thread: Expr, threads: int) -> None:
         """Start to multiply the layers out, all threads of the block together; ``coefficients`` is ``Rotation.data``.
@@ -95,15 +86,17 @@ class TileRotation:
         rounds = -(-leaves // threads)
         together = min(rounds, TOGETHER)
 
-        def load(step: Expr) -> list[_Path]:
+        def load(step: Expr) -> list[MatrixPath]:
             numbers = [scalar((step * together + n) * threads + thread, "int32") for n in range(together)]
             return [self._load_path(coefficients, number, leaves, wide) for number in numbers]
 
         self._first, self._load_more, self._steps = load(i32(0)), load, -(-rounds // together)
+        if self.outer is not None:
+            self._quartets = self.outer.fetch_quartets(coefficients, thread % WARP)
 
-    def prepare(self, shared: Any, thread: Expr, threads: int) -> None:
-        """Multiply them out, into ``shared`` (uint16); the block's threads wait for each other after it."""
-        self.shared = shared
+    def prepare(self, shared: Any, first: int, thread: Expr, threads: int) -> None:
+        """Multiply them out, from half ``first`` of ``shared`` (uint16) on; the block must be synchronized then."""
+        self.shared, self.first = shared, first
         if self._sparse:
             self._clear(shared, thread, threads)
             block_sync()
@@ -112,9 +105,11 @@ class TileRotation:
             with T.serial(0, self._steps - 1) as step:
                 # All their loads before any store, which they would wait for.
                 self._multiply_out(self._load_more(step + 1))
-        block_sync()
+        if self.outer is not None:
+            with T.If(thread < WARP), T.Then():
+                self.outer.store(self._quartets, shared, first + 2 * self._matrix_words, thread)
 
-    def _multiply_out(self, found: Sequence[_Path]) -> None:
+    def _multiply_out(self, found: Sequence[MatrixPath]) -> None:
         for path in found:
             with T.If(path.exists), T.Then():
                 product = None
@@ -129,12 +124,12 @@ class TileRotation:
                     self._store(path.output, path.inputs + first, pair)
 
     def _clear(self, shared: Any, thread: Expr, threads: int) -> None:
-        with T.serial(0, -(-self.words // (4 * threads))) as step:
+        with T.serial(0, -(-self._matrix_words // (4 * threads))) as step:
             at = (step * threads + thread) * 4
-            with T.If(at < self.words), T.Then():
-                store_words(shared, [at * 2], [u32(0)] * 4, "shared")
+            with T.If(at < self._matrix_words), T.Then():
+                store_words(shared, [at * 2 + self.first], [u32(0)] * 4, "shared")
 
-    def _load_path(self, coefficients: Any, number: Expr, leaves: int, wide: int) -> _Path:
+    def _load_path(self, coefficients: Any, number: Expr, leaves: int, wide: int) -> MatrixPath:
         """One path, or ``wide`` of them that differ in the first layer alone."""
         leaf = tir.min(number, i32(leaves - 1))
         offsets = np.cumsum([0, *(block * self.head_dim for block, _ in self.structure)])
@@ -146,6 +141,8 @@ class TileRotation:
             leaf = leaf // width
         output = scalar(leaf, "int32")
         row, factors = output, []
+        if self.outer is not None:
+            factors.append(self.outer.factor(self.outer.fetch(coefficients, output), output))
         for layer in reversed(range(1, len(self.structure))):
             block, stride = self.structure[layer]
             factor = Registers(1, "float32")
@@ -156,7 +153,7 @@ class TileRotation:
         first = Registers(wide, "float32")
         load_words(first, 0, coefficients, [row * block + digits[0] * wide], wide, "global.nc")
         inputs = scalar(self._base(row, block, stride) + digits[0] * (wide * stride), "int32")
-        return _Path(number < leaves, output, inputs, [list(first), *factors])
+        return MatrixPath(number < leaves, output, inputs, [list(first), *factors])
 
     def _base(self, row: Expr, block: int, stride: int) -> Expr:
         if stride > 1:
@@ -169,10 +166,14 @@ class TileRotation:
         word, odd = self._place(output, inputs)
         rest = list(values)
         for plane in range(self.planes):
-            halves = [_Half(value, self.operand) for value in rest]
-            at = (word + plane * (self._stored * 4 * WARP)) * 2
+            halves = [Half(value, self.operand) for value in rest]
+            at = (word + plane * (self._stored * 4 * WARP)) * 2 + self.first
             if len(values) == 2:
-                store_words(self.shared, [at], [scalar(halves[0].bits | halves[1].bits << u32(16))], "shared")
+                pair = scalar(halves[0].bits | halves[1].bits << u32(16))
+                store_words(self.shared, [at], [pair], "shared")
+                if self.outer is not None:
+                    opposite = [scalar(pair ^ u32(0x80008000))]
+                    store_words(self.shared, [at + self._stored * (8 * WARP)], opposite, "shared")
             else:
                 T.buffer_store(self.shared, halves[0].bits.astype("uint16"), [at + odd])
             rest = [scalar(value - half.value) for value, half in zip(rest, halves, strict=True)]
@@ -218,6 +219,16 @@ class TileRotation:
                 self._block(total, 0, matrix, words[4 * inputs : 4 * inputs + 4])
         return total
 
+    def sum_and_difference(self, k: int, other: int, words: Sequence[Expr], order: Lane) -> tuple[Registers, Registers]:
+        """Blocks k and ``other`` of what the matrix gives before the layer ``outer``: added, and subtracted."""
+        first, both, apart = (Registers(8, "float32") for _ in range(3))
+        first.fill(f32(0))
+        self._block(first, 0, self._load(0, k, k, order), words[4 * k : 4 * k + 4])
+        right = words[4 * other : 4 * other + 4]
+        self._block(both, 0, self._load(0, other, other, order), right, first)
+        self._block(apart, 0, self._load(1, other, other, order), right, first)
+        return both, apart
+
     @property
     def plain(self) -> bool:
         """Whether the elements are read one by one, and clipped then."""
@@ -248,16 +259,24 @@ class TileRotation:
     def _load(self, plane: int, outputs: int, inputs: int, order: Lane, ahead: Expr = 0) -> list[Expr]:
         block = ahead + plane * self._stored + (outputs if self._diagonal else outputs * self.blocks + inputs)
         matrix = Registers(4)
-        load_words(matrix, 0, self.shared, [block * (8 * WARP) + order.lane * 8], 4, "shared")
+        load_words(matrix, 0, self.shared, [block * (8 * WARP) + order.lane * 8 + self.first], 4, "shared")
         return list(matrix)
 
-    def _block(self, total: Registers, outputs: int, matrix: list[Expr], rows: list[Expr]) -> None:
+    def _block(
+        self,
+        total: Registers,
+        outputs: int,
+        matrix: Sequence[Expr],
+        rows: Sequence[Expr],
+        before: Registers | None = None,
+    ) -> None:
+        """Add a product to ``total``, or to ``before``."""
         for a in range(2):
             at = (outputs * 2 + a) * 4
             if self.role == "k":
-                multiply(total, at, rows, matrix[2 * a : 2 * a + 2], self.operand)
+                multiply(total, at, rows, matrix[2 * a : 2 * a + 2], self.operand, before)
             else:
-                multiply(total, at, matrix, rows[2 * a : 2 * a + 2], self.operand)
+                multiply(total, at, matrix, rows[2 * a : 2 * a + 2], self.operand, before)
 
     def _unit(self, order: Lane) -> list[Expr]:
         """The left operand that is a 16×16 unit matrix."""
@@ -265,26 +284,3 @@ class TileRotation:
         first = tir.Select(g == 2 * t, u32(one), tir.Select(g == 2 * t + 1, u32(one << 16), u32(0)))
         word = scalar(first)
         return [word, u32(0), u32(0), word]
-
-
-@dataclass(frozen=True)
-class _Path:
-    """From ``inputs`` … through the layers to an output: the first layer's coefficients, then one of each other."""
-
-    exists: Expr
-    output: Expr
-    inputs: Expr
-    factors: list[Any]
-
-
-class _Half:
-    """A value rounded to 16 bits: its bits (uint32), and its value as float32."""
-
-    def __init__(self, value: Expr, operand: str) -> None:
-        if operand == "f16":
-            half = scalar(value.astype("float16"), "float16")
-            self.bits = scalar(tir.reinterpret("uint16", half).astype("uint32"))
-            self.value = half.astype("float32")
-        else:
-            self.bits = pack_brain2(value, f32(0))
-            self.value = brain2(self.bits)[0]

@@ -1,6 +1,8 @@
 """Rows of 16 tokens on their way to the tensor cores, on CUDA: copied ahead into shared memory, a warp's own.
 
-Rows are 16 bytes longer than a vector: an odd number of 16-byte units apart, eight rows lie in different banks.
+Eight rows' reads of the same 16 bytes must lie in different banks. So rows are 16 bytes longer than a vector, an odd
+number of 16-byte units; or, where copies are many, as long as it, with row r's unit n in place n xor r % 8 (a copy to
+rows that are not aligned to 128 bytes takes more than twice as long).
 float16 and bfloat16 rows are operands as they are, as a left factor (tokens as rows) and as a right one (tokens as
 columns). A float32 element is the sum of three bfloat16, so that its products are exact too.
 """
@@ -62,18 +64,37 @@ def brain2(word: Expr) -> tuple[Expr, Expr]:
 class HalfTileRows:
     """16 rows of ``head_dim`` elements ``dtype`` in a warp's shared memory."""
 
-    def __init__(self, shared: Any, head_dim: int, dtype: str, first: Expr, lane: Expr) -> None:
-        """``shared``: uint16; ``first``: where the rows begin there, a multiple of 8."""
+    def __init__(
+        self, shared: Any, head_dim: int, dtype: str, first: Expr, lane: Expr, swizzled: bool = False
+    ) -> None:
+        """``shared``: uint16; ``first``: where the rows begin there, a multiple of 8 (64 if ``swizzled``)."""
         self.shared, self.head_dim, self.dtype, self.first, self.lane = shared, head_dim, dtype, first, lane
         self.single = dtype == "float32"
         self.unit = 4 if self.single else 8
         """Elements to 16 bytes."""
-        self.pitch = self.halves(head_dim, dtype) // ROWS
+        self.swizzled = swizzled
+        self.pitch = self.halves(head_dim, dtype, swizzled) // ROWS
 
     @staticmethod
-    def halves(head_dim: int, dtype: str) -> int:
+    def halves(head_dim: int, dtype: str, swizzled: bool = False) -> int:
         """uint16 elements that the rows take."""
-        return ROWS * (head_dim * (2 if dtype == "float32" else 1) + 8)
+        return ROWS * (head_dim * (2 if dtype == "float32" else 1) + (0 if swizzled else 8))
+
+    @staticmethod
+    def can_swizzle(head_dim: int, dtype: str) -> bool:
+        """Whether a vector is a multiple of 128 bytes."""
+        return head_dim * (2 if dtype == "float32" else 1) % 64 == 0
+
+    def _place(self, row: Expr, unit: Expr, rows: int = 0, units: int = 0) -> Expr:
+        """Where the 16 bytes number ``unit + units`` of row ``row + rows`` begin.
+
+        The constants share no bits with what they are added to (of rows, none below 8).
+        """
+        if not self.swizzled:
+            return self.first + (row * self.pitch + unit * 8) + (rows * self.pitch + units * 8)
+        place = self.first + (row * self.pitch + (unit ^ row % 8) * 8)
+        mask = (rows ^ units) % 8 * 8
+        return (place ^ mask if mask else place) + (rows * self.pitch + units // 8 * 64)
 
     @property
     def operand(self) -> str:
@@ -107,7 +128,10 @@ class HalfTileRows:
     def _unit_of(self, source: Source, step: Any) -> tuple[Any, list[Expr], Expr]:
         row, unit = self._row_and_unit(step)
         array, index = source(row, unit * self.unit)
-        return array, index, self.shared.ptr_to([self.first + row * self.pitch + unit * 8])
+        place = self._place(row, unit)
+        if isinstance(step, int) and WARP % (self.head_dim // self.unit) == 0:
+            place = self._place(*self._row_and_unit(0), rows=step * (WARP // (self.head_dim // self.unit)))
+        return array, index, self.shared.ptr_to([place])
 
     # Operands
 
@@ -129,7 +153,7 @@ class HalfTileRows:
         """``row`` and ``eight``: which 8 dims of which token this lane's address of 16 bytes is; ``order``: (a, w)."""
         words = Registers(4)
         if not self.single:
-            at = self.shared.ptr_to([self.first + row * self.pitch + eight * 8 + 16 * k])
+            at = self.shared.ptr_to([self._place(row, eight, units=2 * k)])
             ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *(words[n] for n in range(4)), at)
             return [list(words)]
         pairs = [self._pair(k, a, w) for a, w in order]
@@ -144,7 +168,8 @@ class HalfTileRows:
     def _pair(self, k: int, a: int, word: int) -> list[Expr]:
         """Dims 16k + 8·word + 2t and the next of token 8a + g, clipped."""
         pair = Registers(2, "float32")
-        at = self.first + (self.lane // 4 + 8 * a) * self.pitch + (self.lane % 4 * 2 + 8 * word + 16 * k) * 2
+        t = self.lane % 4
+        at = self._place(self.lane // 4, t // 2, 8 * a, 2 * word + 4 * k) + t % 2 * 4
         load_words(pair, 0, self.shared, [at], 2, "shared")
         return [clip(value) for value in pair]
 
@@ -152,7 +177,11 @@ class HalfTileRows:
         """Dims 16k + 4t … 16k + 4t + 3 of token 8a + g as float32, clipped as formats store them."""
         width = 4 if self.single else 2
         words = Registers(width)
-        at = self.first + (self.lane // 4 + 8 * a) * self.pitch + (self.lane % 4 * 4 + 16 * k) * (width // 2)
+        t, row = self.lane % 4, self.lane // 4
+        if self.single:
+            at = self._place(row, t, 8 * a, 4 * k)
+        else:
+            at = self._place(row, t // 2, 8 * a, 2 * k) + t % 2 * 4
         load_words(words, 0, self.shared, [at], width, "shared")
         if self.single:
             return [clip(float_of(word)) for word in words]
@@ -174,7 +203,7 @@ class HalfTileRows:
         warp_sync()
         with T.serial(0, units * ROWS // WARP) as step:
             number = self.lane + step * WARP
-            at = [self.first + number // units * self.pitch + number % units * 8]
+            at = [self._place(number // units, number % units)]
             words = Registers(4)
             load_words(words, 0, self.shared, at, 4, "shared")
             clipped = [scalar(_each_half(word, self._clipped)) for word in words]
@@ -209,10 +238,18 @@ def wait_for_copies(pending: int) -> None:
     warp_sync()
 
 
-def multiply(total: Registers, at: int, left: Sequence[Expr], right: Sequence[Expr], operand: str) -> None:
-    """total[at … at+3] += left·right, 16×16 by 16×8, float32 sums."""
+def multiply(
+    total: Registers,
+    at: int,
+    left: Sequence[Expr],
+    right: Sequence[Expr],
+    operand: str,
+    before: Registers | None = None,
+) -> None:
+    """total[at … at+3] = before[at … at+3] (``total`` itself, if none) + left·right, 16×16 by 16×8, float32 sums."""
     lanes = [total[at + k] for k in range(4)]
-    ptx(f"mma.sync.aligned.m16n8k16.row.col.f32.{operand}.{operand}.f32", *lanes, *left, *right, *lanes)
+    added = lanes if before is None else [before[at + k] for k in range(4)]
+    ptx(f"mma.sync.aligned.m16n8k16.row.col.f32.{operand}.{operand}.f32", *lanes, *left, *right, *added)
 
 
 def multiply_eight(total: Registers, left: Sequence[Expr], right: Expr, operand: str) -> None:

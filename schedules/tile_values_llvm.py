@@ -181,7 +181,25 @@ def look_up(code: Expr, values: list[float], table: Expr, target: tvm.target.Tar
         return tir.call_llvm_pure_intrin(
             f"float32x{LANES}", "llvm.x86.avx512.permvar.sf.512", table, cast(code, "int32")
         )
-    return _select(code, values, len(values).bit_length() - 2)
+    if not target_has_features("avx2", target):
+        return _select(code, values, len(values).bit_length() - 2)
+    low = _permuted_eights(table, code, 0)
+    if len(values) <= LANES // 2:
+        return low
+    test = (code & splat(LANES // 2, "uint32")) == splat(0, "uint32")
+    return tir.Select(test, low, _permuted_eights(table, code, 1))
+
+
+def _permuted_eights(table: Expr, code: Expr, part: int) -> Expr:
+    """The values that the last three bits of codes pick from a half of a table."""
+    half = 8
+
+    def eight(vector: Expr, first: int) -> Expr:
+        return tir.Shuffle([vector], [tir.const(first + k, "int32") for k in range(half)])
+
+    name, entries, codes = "llvm.x86.avx2.permps", eight(table, half * part), cast(code, "int32")
+    found = [tir.call_llvm_pure_intrin(f"float32x{half}", name, entries, eight(codes, half * s)) for s in range(2)]
+    return tir.Shuffle(found, [tir.const(k, "int32") for k in range(LANES)])
 
 
 def _shifted(word: Expr, bits: int) -> Expr:
@@ -215,14 +233,14 @@ class TileGains:
         parts = (words & splat(0xFFFF, "uint32"), words >> splat(16, "uint32"))
         return [cast(tir.reinterpret(f"float16x{LANES}", cast(p, "uint16")), "float32") for p in parts]
 
-    def in_token_order(self, load: LoadWords, out: Any, scale: float = 1.0, row: int = 0) -> None:
-        """Store the gains of tokens 0 … 31 in a row, times ``scale``, to ``out`` [32]."""
+    def in_token_order(self, load: LoadWords, out: Any, scale: float = 1.0, row: int = 0, first: Expr = 0) -> None:
+        """Store the gains of tokens 0 … 31 in a row, times ``scale``, to ``out`` [32] from ``first`` on."""
         halves = register(2)
         for u, value in enumerate(self.halves(load, row)):
             T.buffer_store(halves, value if scale == 1 else value * splat(scale), [lanes(LANES * u)])
         vectors = [halves[lanes(0)], halves[lanes(LANES)]]
         for s in range(2):
-            T.buffer_store(out, pick(vectors, lambda k, s=s: _place(LANES * s + k)), [lanes(LANES * s)])
+            T.buffer_store(out, pick(vectors, lambda k, s=s: _place(LANES * s + k)), [lanes(first + LANES * s)])
 
     def scale_blocks(self, load: LoadWords, head_dim: int, out: Any) -> None:
         """Multiply unpacked values by their blocks' gains (formats with one gain per 32 dims)."""

@@ -10,31 +10,24 @@ belongs to the gains. Other CPUs read the table in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import tvm.tirx as tir
-from tvm.target.codegen import target_has_features
 from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.formats.trellis import STATE_BITS, STATES
-from rotquant_tvm.ops.tile_pack import PERIOD
 
-from .tile_values_llvm import LoadWords, TileValues, slot_k, slot_v
+from .byte_ops_llvm import BYTES, as_bytes, as_words, has_byte_permutes
+from .tile_bytes_llvm import GRID_OFFSET, CodeBytes
+from .tile_values_llvm import LoadWords, slot_k, slot_v
 from .vector_ops import LANES, cast, lanes, pick, splat
 
 Expr = Any
-BYTES = 4 * LANES
 
 
-class TrellisValues(TileValues):
+class TrellisValues(CodeBytes):
     """Unpacks one role's codes of a tile. ``layout`` and ``codec`` say how they are stored."""
-
-    @property
-    def unit(self) -> float:
-        """What an unpacked value of 1 is worth: the scale of the grid."""
-        return float(self.codec.codebook.scale)
 
     @property
     def scratch_words(self) -> int:
@@ -43,7 +36,7 @@ class TrellisValues(TileValues):
 
     @property
     def _byte_permutes(self) -> bool:
-        return bool(target_has_features("avx512vbmi", self.target))
+        return has_byte_permutes(self.target)
 
     def table(self) -> Any:
         """A buffer with the grid values of the states, int8 for byte permutes, else float32."""
@@ -55,64 +48,46 @@ class TrellisValues(TileValues):
 
     def unpack(self, load: LoadWords, table: Any, words: Any, out: Any) -> None:
         """Fill ``out`` [head_dim*32] from a tile; ``load(i)`` gives words i … i+15, ``words`` is scratch for them."""
-        self._deinterleave(load, words)
-        section = self.section
-        self._unpack_codes(words)
-        with T.serial(0, section.groups // 2) as pair:
+        self._codes_of_words(load, words)
+        with T.serial(0, self.section.groups // 2) as pair:
             for x, half, s in product(range(2), range(2), range(2)):
                 self._values(words, table, out, (pair, x), half, s)
+
+    def unpack_bytes(self, load: LoadWords, table: Any, words: Any, out: Any, first: Expr) -> None:
+        """As ``GridBytes.unpack_bytes``; only where there are byte permutes."""
+        self._codes_of_words(load, words)
+        with T.serial(0, self.section.groups // 2) as pair:
+            for x, half, s in product(range(2), range(2), range(2)):
+                found = self._lookup_bytes(self._states(words, (pair, x), half, s), table)
+                at = first + ((pair * 2 + x) * 4 + (half * 2 + s)) * LANES
+                T.buffer_store(out, found ^ splat(GRID_OFFSET * 0x01010101, "uint32"), [lanes(at)])
+
+    def _codes_of_words(self, load: LoadWords, words: Any) -> None:
+        """Read the words of a tile into the scratch, and their codes as bytes behind them."""
+        self._deinterleave(load, words)
+        self.unpack_codes(words, lambda vector, codes: T.buffer_store(words, codes, [self._place(vector)]))
 
     def _place(self, vector: Expr) -> Expr:
         """Where vector number ``vector`` of the codes as bytes stands in the scratch."""
         return lanes(super().scratch_words * 32 + vector * LANES)
 
-    def _unpack_codes(self, words: Any) -> None:
-        """Unpack the words into codes as bytes."""
-        section = self.section
-        groups = PERIOD[section.bits][1]
-        rounds = section.groups // groups
-        with T.serial(0, rounds) as index:
-            for group, half, s in product(range(groups), range(2), range(2)):
-                codes = self._group_codes(_word_reader(words, s), index, group, half)
-                T.buffer_store(words, codes, [self._place((index * groups + group) * 4 + half * 2 + s)])
-        for group, half, s in product(range(section.groups - rounds * groups), range(2), range(2)):
-            codes = self._tail_codes(_word_reader(words, s), group, half)
-            T.buffer_store(words, codes, [self._place((rounds * groups + group) * 4 + half * 2 + s)])
-
-    def _group_codes(self, word: Callable[[Expr], Expr], index: Expr, group: int, half: int) -> Expr:
-        """The codes of a half of group number ``group`` of a period of words, as bytes."""
-        bits = self.section.bits
-        if bits == 2:
-            return self._spread(word(index), 2 * group, half, 3)
-        if bits == 4:
-            high = _shifted(word(index), 0 if half else 4) & splat(0x08080808, "uint32")
-            return self._spread(word(index), 0, half, 7) | high
-        if group < 3:
-            return self._spread(word(index * 3 + group), 0, half, 7)
-        planes = [_shifted(word(index * 3 + b), 3 - b) & splat(0x11111111 << b, "uint32") for b in range(3)]
-        return self._spread(planes[0] | planes[1] | planes[2], 0, half, 7)
-
-    def _tail_codes(self, word: Callable[[Expr], Expr], group: int, half: int) -> Expr:
-        """The codes of one of the two groups that 3 bits may leave over: they end in a half-word."""
-        words = self.section.words
-        bits = _shifted(word(words), 8 * group + 4 * half) & splat(0xF, "uint32")
-        top = bits * splat(0x00204081, "uint32") & splat(0x01010101, "uint32")  # bit e goes to byte e
-        return self._spread(word(words - 1), 2 * group, half, 3) | top << splat(2, "uint32")
-
-    def _spread(self, word: Expr, shift: int, half: int, mask: int) -> Expr:
-        """A byte from each nibble of a half of the words: its bits from ``shift`` on, as far as ``mask`` goes."""
-        if self._byte_permutes:
-            offsets = sum(32 * (k // 4) + 16 * half + 4 * (k % 4) + shift << 8 * k for k in range(8))
-            control = tir.reinterpret(f"int8x{BYTES}", tir.Broadcast(tir.const(offsets, "int64"), BYTES // 8))
-            spread = _as_words(_bytes_intrinsic("pmultishift.qb.512", control, _as_bytes(word)))
-        else:
-            spread = _shifted(word, 16 * half + shift) & splat(0xFFFF, "uint32")
-            spread = (spread | spread << splat(8, "uint32")) & splat(0x00FF00FF, "uint32")
-            spread = spread | spread << splat(4, "uint32")
-        return spread & splat(mask * 0x01010101, "uint32")
-
     def _values(self, words: Any, table: Any, out: Any, group: tuple[Expr, int], half: int, s: int) -> None:
         """Look up the values of the vector (2*group + half, s), ``group`` being (pair, x), and store them."""
+        state = self._states(words, group, half, s)
+        number = group[0] * 2 + group[1]
+        kept = T.alloc_buffer((LANES,), "uint32", scope="local")
+        T.buffer_store(kept, self._lookup_bytes(state, table) if self._byte_permutes else state, [lanes(0)])
+        for e in range(4):
+            slot = slot_k(number, half, e, s) if self.role == "k" else slot_v(group, half, e, s)
+            if self._byte_permutes:
+                moved = tir.reinterpret(f"int32x{LANES}", kept[lanes(0)]) << splat(24 - 8 * e, "int32")
+                value = cast(moved >> splat(24, "int32"), "float32")
+            else:
+                value = table[cast(_shifted(kept[lanes(0)], 8 * e) & splat(STATES - 1, "uint32"), "int32")]
+            T.buffer_store(out, value, [lanes(slot * LANES)])
+
+    def _states(self, words: Any, group: tuple[Expr, int], half: int, s: int) -> Expr:
+        """The states of the vector (2*group + half, s), as bytes."""
         pair, x = group
         number = pair * 2 + x
         here = words[self._place(number * 4 + half * 2 + s)]
@@ -124,16 +99,7 @@ class TrellisValues(TileValues):
             if (back + 1) * bits > STATE_BITS:
                 moved = moved & splat((0xFF << back * bits & 0xFF) * 0x01010101, "uint32")
             state = state | moved
-        kept = T.alloc_buffer((LANES,), "uint32", scope="local")
-        T.buffer_store(kept, self._lookup_bytes(state, table) if self._byte_permutes else state, [lanes(0)])
-        for e in range(4):
-            slot = slot_k(number, half, e, s) if self.role == "k" else slot_v(group, half, e, s)
-            if self._byte_permutes:
-                moved = tir.reinterpret(f"int32x{LANES}", kept[lanes(0)]) << splat(24 - 8 * e, "int32")
-                value = cast(moved >> splat(24, "int32"), "float32")
-            else:
-                value = table[cast(_shifted(kept[lanes(0)], 8 * e) & splat(STATES - 1, "uint32"), "int32")]
-            T.buffer_store(out, value, [lanes(slot * LANES)])
+        return state
 
     def _before(self, pair: Expr, x: int, half: int, s: int) -> Expr:
         """Number of the vector of codes whose last dims are those before (2*group + half, s), around the ring."""
@@ -151,31 +117,19 @@ class TrellisValues(TileValues):
             return pick([before, here], lambda k: LANES + k - 4 * back)
         # Sixteen dims are a row of sixteen bytes; rows are tokens.
         index = [k - back + (BYTES if k % 16 >= back else 16) for k in range(BYTES)]
-        both = [_as_bytes(before), _as_bytes(here)]
-        return _as_words(tir.Shuffle(both, [tir.const(i, "int32") for i in index]))
+        both = [as_bytes(before), as_bytes(here)]
+        return as_words(tir.Shuffle(both, [tir.const(i, "int32") for i in index]))
 
     def _lookup_bytes(self, state: Expr, table: Any) -> Expr:
         """The table's values of 64 states, by byte permutes of 128 entries."""
-        index = _as_bytes(state)
+        index = as_bytes(state)
         quarters = [table[tir.Ramp(BYTES * i, 1, BYTES)] for i in range(4)]
         low, high = (_bytes_intrinsic("vpermi2var.qi.512", quarters[i], index, quarters[i + 1]) for i in (0, 2))
-        return _as_words(tir.Select(index < tir.Broadcast(tir.const(0, "int8"), BYTES), high, low))
-
-
-def _word_reader(words: Any, s: int) -> Callable[[Expr], Expr]:
-    return lambda number: words[lanes(number * 32 + LANES * s)]
+        return as_words(tir.Select(index < tir.Broadcast(tir.const(0, "int8"), BYTES), high, low))
 
 
 def _shifted(word: Expr, bits: int) -> Expr:
     return word >> splat(bits, "uint32") if bits else word
-
-
-def _as_bytes(word: Expr) -> Expr:
-    return tir.reinterpret(f"int8x{BYTES}", word)
-
-
-def _as_words(value: Expr) -> Expr:
-    return tir.reinterpret(f"uint32x{LANES}", value)
 
 
 def _bytes_intrinsic(name: str, *arguments: Expr) -> Expr:

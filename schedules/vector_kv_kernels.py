@@ -59,7 +59,8 @@ def vector_kernel(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     elif score is not None:
         rule, kernel = score_llvm, score_llvm(score, target)
     else:
-        rule = ATTENTION.get(str(func.attrs[OP_ATTR])) if site is not None else None
+        known = site is not None and not site.rotated
+        rule = ATTENTION.get(str(func.attrs[OP_ATTR])) if known else None
         kernel = rule(_as_chosen(site, func), target) if rule is not None else None
     return keep_choice(func, kernel.with_attr(HAND_LAID_ATTR, rule.__name__)) if kernel is not None else None
 

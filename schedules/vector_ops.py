@@ -14,6 +14,7 @@ from tvm.tirx.script.builder import ir as T
 
 Expr = Any
 LANES = 16
+CACHE_LINE = 64
 LOWEST_EXPONENT = -126.0
 
 
@@ -43,8 +44,31 @@ def lane_numbers() -> Expr:
 
 
 def register(count: int = 1, dtype: str = "float32") -> Any:
-    """A buffer of ``count`` vectors that stays in registers as long as it is indexed by constants."""
-    return T.alloc_buffer((count * LANES,), dtype, scope="local")
+    """A buffer of ``count`` vectors that stays in registers as long as it is indexed by constants; fifteen at most.
+
+    TVM puts buffers of less than 1,024 bytes on the stack, where LLVM makes registers of them. Larger ones, and any
+    of the scope "local", come from the runtime's workspace: a call each, and every store to them is kept.
+    """
+    return T.alloc_buffer((count * LANES,), dtype)
+
+
+def prefetch(element: Expr) -> None:
+    """Ask for the cache line of a buffer's element, to be read soon."""
+    read, keep, data = (tir.const(value, "int32") for value in (0, 3, 1))
+    T.evaluate(tir.call_intrin("void", "tirx.prefetch", tir.address_of(element), read, keep, data))
+
+
+def side_by_side(*shapes: tuple[int, str]) -> list[Any]:
+    """Buffers of so many vectors and a type of 32 bits, one after the other in one piece of memory.
+
+    Apart, each larger one would begin at a page, and their beginnings would drive each other out of the first cache.
+    """
+    memory = T.alloc_buffer((sum(vectors for vectors, _ in shapes) * LANES,), "uint32")
+    buffers, first = [], 0
+    for vectors, dtype in shapes:
+        buffers.append(T.decl_buffer((vectors * LANES,), dtype, data=memory.data, elem_offset=first))
+        first += vectors * LANES
+    return buffers
 
 
 def across(vector: Any, combine: Callable[[Expr, Expr], Expr]) -> None:
@@ -56,9 +80,12 @@ def across(vector: Any, combine: Callable[[Expr, Expr], Expr]) -> None:
 
 def sum_of_fours(source: Any, first: Expr) -> Expr:
     """Lane k is the sum of elements 4k … 4k+3 of sixty-four from ``first``."""
+
+    def of_pairs(a: Expr, b: Expr) -> Expr:
+        return pick([a, b], lambda k: 2 * k) + pick([a, b], lambda k: 2 * k + 1)
+
     vectors = [source[lanes(first + LANES * i)] for i in range(4)]
-    parts = [pick(vectors, lambda k, t=t: 4 * k + t) for t in range(4)]
-    return (parts[0] + parts[1]) + (parts[2] + parts[3])
+    return of_pairs(of_pairs(*vectors[:2]), of_pairs(*vectors[2:]))
 
 
 def _exp2_coefficients() -> list[float]:

@@ -56,3 +56,11 @@ def test_sizes():
 def test_numbers_that_make_no_sense(options):
     with pytest.raises(UsageError):
         CachePolicy(**options)
+
+
+@pytest.mark.parametrize("digits", ["2147483648", "9" * 30, "9" * 5000])
+def test_numbers_that_no_sequence_reaches_are_refused(digits):
+    """Python itself refuses to read the longest of them."""
+    with pytest.raises(UsageError, match="recent is beyond 2147483647"):
+        CachePolicy.parse(f"recent={digits}")
+    assert CachePolicy.parse("recent=00000000000007").recent == 7

@@ -13,12 +13,13 @@ from rotquant_tvm import compile_cache, compiler
 from rotquant_tvm.compile_cache import CompileCache, cache_folder, model_digest
 from rotquant_tvm.errors import DeviceError, FormatError, ModelError, UsageError
 from rotquant_tvm.kv_cache_config import KVCacheConfig, LayerFormats
+from rotquant_tvm.process_locks import locked_folder
 from rotquant_tvm.runtime import read_artifact, write_artifact
 from rotquant_tvm.runtime.cache_info import INFO_VERSION, LAYOUT_VERSION
 
 LAYER = {"kv_heads": 1, "head_dim": 32, "k": "f16", "v": "f16", "tile_bytes": 4096}
 INFO = {"version": INFO_VERSION, "layout_version": LAYOUT_VERSION, "layers": [LAYER], "vocab_size": 8}
-ENDS = ("partial", "replaced", "partial")
+ENDS = ("partial", "replaced", "replaced", "partial")
 INFO |= {"max_position": 64, "dtype": "float32", "weights": ["weight_0000"]}
 
 
@@ -188,8 +189,11 @@ def _replace_by_a_file(path):
 def test_a_damaged_entry_is_compiled_again(cache, model, compiles, damage):
     first = cache.artifact(model)
     damage(first.path)
-    again = cache.artifact(model)
+    stages = []
+    with pytest.warns(UserWarning, match=r"damaged and is made again: .*" + first.path.name):
+        again = cache.artifact(model, progress=stages.append)
     assert not again.found and again.path == first.path and len(compiles) == 2
+    assert sum("made again" in stage for stage in stages) == 1
     assert cache.artifact(model).found
 
 
@@ -204,12 +208,14 @@ def test_only_the_newest_entries_stay(tmp_path, model, compiles):
 
 
 def test_leftovers_of_interrupted_compiles_are_removed_in_time(cache, model, compiles):
-    old, retired, running = (f".{c * 64}.0123abcd.{end}" for c, end in zip("abc", ENDS, strict=True))
-    for name, age in ((old, 3 * 86400), (retired, 3 * 86400), (running, 60)):
+    killed, old, retired, running = (f".{c * 64}.0123abcd.{end}" for c, end in zip("abcd", ENDS, strict=True))
+    lock, new_lock = f".{'e' * 64}.lock", f".{'f' * 64}.lock"
+    for name, age in ((killed, 60), (old, 3 * 86400), (retired, 60), (lock, 3 * 86400), (new_lock, 60)):
         (cache.folder / name).mkdir(parents=True)
         os.utime(cache.folder / name, (time.time() - age,) * 2)
-    kept = cache.artifact(model).path
-    assert set(cache.folder.iterdir()) == {kept, cache.folder / running}
+    with locked_folder(cache.folder / running):
+        kept = cache.artifact(model).path
+        assert set(cache.folder.iterdir()) == {kept, *(cache.folder / name for name in (retired, running, new_lock))}
 
 
 def test_what_the_cache_did_not_write_is_left_alone(tmp_path, model, compiles):

@@ -19,6 +19,8 @@ import rotquant_tvm
 from rotquant_tvm.errors import ArtifactError, KVCacheFull
 from rotquant_tvm.runtime import KVCacheInfo
 
+from .decoded_cache import check as check_decoded
+from .reliability.session_checks import CHECKS
 from .sampling import sampled
 
 SIZES = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 32}
@@ -97,6 +99,15 @@ def test_ragged_sequences_together_are_each_alone():
     decode(3)
     lengths = [n + m + 41 for n, m in zip(starts, more, strict=True)]
     check_counts(together, lengths, [(n - SINKS - RECENT) // BLOCK * BLOCK for n in lengths])
+
+
+def test_what_is_saved_can_be_decoded_elsewhere(tmp_path):
+    """Sinks, tiles with their means, and the ring of two sequences, the second too short for a tile."""
+    session = library().session(batch=2)
+    ids = tokens(4, 2, 90)
+    session.prefill([ids[0, :88], ids[1, :20]])
+    session.decode(ids[:, 88])
+    check_decoded(model(POLICY), session, tmp_path)
 
 
 def test_an_inactive_sequence_is_left_alone():
@@ -322,3 +333,9 @@ def test_an_older_library_is_refused(saved, tmp_path):
     (path / "manifest.json").write_text(stale.to_json())
     with pytest.raises(ArtifactError, match=r"kv_cache_info.*version is 1 and this release reads 2 and 3"):
         rotquant_tvm.load(path)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_faults(check):
+    """NaN, full caches, threads: what every session must bear."""
+    CHECKS[check](library())

@@ -6,7 +6,7 @@ import pytest
 import tvm
 
 from rotquant_tvm.errors import DeviceError, UsageError
-from rotquant_tvm.target import host_target, resolve_target
+from rotquant_tvm.target import _with_own_instructions, host_target, resolve_target
 
 
 def test_llvm_is_this_cpu():
@@ -21,10 +21,15 @@ def test_options_and_json_are_understood(text):
 
 
 @pytest.mark.parametrize("text", ["nvidia/nvidia-h100", "cuda -arch=sm_90a -max_num_threads=1024"])
-def test_a_gpu_gets_this_cpu_as_its_host(text):
+def test_a_gpu_gets_a_host_without_this_cpus_extensions(text):
     target = resolve_target(text)
     assert target.kind.name == "cuda" and target.attrs["arch"] == "sm_90a"
-    assert target.host.kind.name == "llvm" and target.host.attrs["mcpu"] == host_target().attrs["mcpu"]
+    assert target.host.kind.name == "llvm" and target.host.attrs["mcpu"] in ("x86-64", "generic")
+
+
+def test_a_host_that_is_named_stays():
+    text = '{"kind": "cuda", "arch": "sm_80", "host": {"kind": "llvm", "mcpu": "x86-64-v3"}}'
+    assert resolve_target(text).host.attrs["mcpu"] == "x86-64-v3"
 
 
 def test_targets_are_taken_as_they_are():
@@ -42,3 +47,10 @@ def test_other_targets_are_refused_by_name(text):
 def test_cuda_without_a_device():
     with pytest.raises(DeviceError, match="sm_90a"):
         resolve_target("cuda")
+
+
+@pytest.mark.parametrize(("arch", "expected"), [("sm_90", "sm_90a"), ("sm_90a", "sm_90a"), ("sm_86", "sm_86")])
+def test_the_gpu_at_hand_has_its_own_instructions(arch, expected):
+    target = tvm.target.Target({"kind": "cuda", "arch": arch, "max_threads_per_block": 512, "thread_warp_size": 32})
+    found = _with_own_instructions(target)
+    assert found.attrs["arch"] == expected and int(found.attrs["max_threads_per_block"]) == 512

@@ -8,7 +8,9 @@
 
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <map>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 
@@ -18,7 +20,7 @@ namespace {
 namespace ffi = tvm::ffi;
 namespace json = tvm::ffi::json;
 
-constexpr int64_t kManifestVersion = 1;
+constexpr int64_t kManifestVersion = 2;
 
 std::string ReadText(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -44,6 +46,31 @@ T Entry(const json::Object& object, const char* key, const std::string& where) {
     if (std::optional<T> value = (*found).second.template as<T>()) return *value;
   }
   throw std::runtime_error(where + ": no usable entry '" + key + "'");
+}
+
+// Linux's names of the instruction sets that this CPU has; empty where they cannot be told.
+std::set<std::string> CpuFeatures() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("flags", 0) != 0 && line.rfind("Features", 0) != 0) continue;
+    std::istringstream words(line.substr(line.find(':') + 1));
+    return {std::istream_iterator<std::string>(words), std::istream_iterator<std::string>()};
+  }
+  return {};
+}
+
+// Code for instructions that the CPU lacks would end the program without a word.
+void CheckCpu(const json::Object& manifest, const std::string& where) {
+  auto requires_entry = manifest.find(ffi::String("requires"));
+  if (requires_entry == manifest.end() || !(*requires_entry).second.as<json::Object>()) return;
+  json::Object cpu = Entry<json::Object>(Entry<json::Object>(manifest, "requires", where), "cpu", where);
+  std::set<std::string> present = CpuFeatures();
+  for (const ffi::Any& name : Entry<json::Array>(cpu, "features", where)) {
+    std::string feature(name.cast<ffi::String>());
+    if (!present.empty() && !present.count(feature)) {
+      throw std::runtime_error(where + ": compiled for a CPU with " + feature + ", which this one lacks");
+    }
+  }
 }
 
 // The kind in "llvm", "llvm -mcpu=…" or {"kind":"cuda", …}.
@@ -114,6 +141,7 @@ Artifact ReadArtifact(const std::string& folder) {
   if (Entry<int64_t>(manifest, "version", where) != kManifestVersion) {
     throw std::runtime_error(where + " is of another version; compile the model again");
   }
+  CheckCpu(manifest, where);
   Artifact artifact;
   artifact.folder = folder;
   artifact.device = DeviceOf(std::string(Entry<ffi::String>(manifest, "target", where)), where);

@@ -13,7 +13,7 @@ from rotquant_tvm.formats import Codec, Rotation
 from rotquant_tvm.ops.site_shape import SiteShape
 from rotquant_tvm.passes.kv_kernels import KernelLibrary
 from rotquant_tvm.passes.lower_kv_ops import SPLITS
-from rotquant_tvm.schedules import attention_decode_cuda
+from rotquant_tvm.schedules import attention_decode_cuda, attention_prefill_cuda
 from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
 from rotquant_tvm.schedules.knobs import RECORD_ATTR
 from rotquant_tvm.schedules.vector_kv_kernels import HAND_LAID_ATTR, vector_kernel
@@ -73,6 +73,13 @@ class OperatorLibrary:
             return None
         fused = replace(shape, rotated=True)
         return fused if attention_decode_cuda.build(fused, self._target) is not None else None
+
+    def rotating_prefill(self, shape: SiteShape) -> SiteShape | None:
+        """The prefill attention that rotates for the past alone, where the passes fuse rotations; else None."""
+        if self._target.kind.name != "cuda" or all(codec.rotation.identity for codec in shape.codecs()):
+            return None
+        fused = replace(shape, rotated=True)
+        return fused if attention_prefill_cuda.build(fused, self._target) is not None else None
 
     def roundtrip(self, codec: Codec, dtype: str) -> Operator:
         """``ops.roundtrip``."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from rotquant_tvm.formats import Rotation
+from rotquant_tvm.ops.attention_prefill import matrix_dtype
 from rotquant_tvm.tuning.shape_buckets import WantedSizes
 
 from .append import AppendStep
@@ -76,21 +78,24 @@ class PrefillChunk:
         self.device, self.group = device, settings.heads // settings.kv_heads
         self.spec = CacheSpec.of(name, settings, shape.batch, shape.tokens)
         self._append = AppendStep(device, operators, settings, self.spec, 0, shape.tokens)
-        self.site = self.spec.site(settings, chunk=True)
+        site = self.spec.site(settings, chunk=True)
+        self.site = operators.rotating_prefill(site) or site
         self._attend = operators.attention(self.site, WantedSizes(shape.batch, shape.tokens))
         self.kernel = self._attend.label
-        k, v = self.spec.codecs
-        rotations = (k.rotation, k.rotation, v.rotation, v.inverse_rotation)
-        self._rotations = [operators.rotate(rotation, settings.dtype) for rotation in rotations]
-        self._coefficients = [device.coefficients(rotation.data) for rotation in rotations]
         self._arrays, self._k, self._v = self._append.random()
         rows = (shape.batch, shape.tokens, settings.heads, settings.head_dim)
         self._q = device.argument(device.normal(rows, settings.dtype))
-        self._rotated = [
-            None if rotation is None else device.empty(size, settings.dtype)
-            for rotation, size in zip(self._rotations, (rows, self._k.shape, self._v.shape, rows), strict=True)
-        ]
         self._out = device.empty(rows, settings.dtype)
+        k, v = self.spec.codecs
+        own = [] if self.site.rotated else [k.rotation, k.rotation, v.rotation, v.inverse_rotation]
+        sizes = rows, self._k.shape, self._v.shape, rows
+        self._turns = [
+            _Turn(device, operators, rotation, settings.dtype, size)
+            for rotation, size in zip(own, sizes, strict=False)
+        ]
+        inside = [c.rotation for c in (k, v) if self.site.rotated and not c.rotation.identity]
+        matrices = [rotation.matrix().astype(matrix_dtype(settings.dtype)) for rotation in inside]
+        self._matrices = [device.argument(device.native(matrix)) for matrix in matrices]
         counts = [np.zeros(shape.batch, np.int32)] if self.spec.policy.segmented else []
         counts += [np.full(shape.batch, shape.tokens, np.int32)] * 2
         self._counts = [device.argument(device.native(array)) for array in counts]
@@ -102,10 +107,7 @@ class PrefillChunk:
 
     def contenders(self, name: str) -> list[Contender]:
         """The attention with its rotations, alone and together with what appends the chunk to the cache."""
-        turned = [
-            self._rotated[1] if self._rotations[1] else self._k,
-            self._rotated[2] if self._rotations[2] else self._v,
-        ]
+        turned = [turn.result(x) for turn, x in zip(self._turns[1:3], (self._k, self._v), strict=False)]
         append = self._append.call(self._arrays, self._k, self._v, turned)
 
         def whole() -> None:
@@ -130,16 +132,41 @@ class PrefillChunk:
         return relative_error(self.device.numpy(self._out, rows), expected)
 
     def _attention(self) -> None:
-        q, k, v = (self._turned(index, x) for index, x in enumerate((self._q, self._k, self._v)))
-        last = self._rotated[3]
-        output: Any = self._out if last is None else last
-        self._attend.run(q, k, v, *self._arrays, *self._counts, output)
-        if self._rotations[3] is not None:
-            self._rotations[3].run(output, self._coefficients[3], self._out)
+        operands = [self._q, self._k, self._v]
+        output = self._out
+        if self._turns:
+            operands = [turn.run(x) for turn, x in zip(self._turns[:3], operands, strict=True)]
+            output = self._turns[3].source(self._out)
+        self._attend.run(*operands, *self._arrays, *self._counts, *self._matrices, output)
+        if self._turns:
+            self._turns[3].run(output, self._out)
 
-    def _turned(self, index: int, x: Any) -> Any:
-        rotation = self._rotations[index]
-        if rotation is None:
-            return x
-        rotation.run(x, self._coefficients[index], self._rotated[index])
-        return self._rotated[index]
+
+class _Turn:
+    """A rotation of an attention's operand or output by a launch of its own, where it is none that changes nothing."""
+
+    def __init__(
+        self,
+        device: BenchmarkDevice,
+        operators: OperatorLibrary,
+        rotation: Rotation,
+        dtype: str,
+        size: tuple[int, ...],
+    ) -> None:
+        self._rotate = operators.rotate(rotation, dtype)
+        if self._rotate is not None:
+            self._coefficients, self._buffer = device.coefficients(rotation.data), device.empty(size, dtype)
+
+    def result(self, x: Any) -> Any:
+        """Where ``run(x)`` leaves what it makes of x."""
+        return x if self._rotate is None else self._buffer
+
+    source = result
+    """Where an operator puts what is to be turned into x."""
+
+    def run(self, x: Any, target: Any = None) -> Any:
+        """Rotate x, into a buffer of this object's where no target is given; returns the result."""
+        target = self.result(x) if target is None else target
+        if self._rotate is not None:
+            self._rotate.run(x, self._coefficients, target)
+        return target

@@ -58,7 +58,7 @@ def decode_rivals(device: BenchmarkDevice, settings: Settings, shape: BatchShape
     rivals = Rivals(_bytes(settings, shape, 1))
     if importlib.util.find_spec("torch") is None:
         return rivals
-    sets = _tensors(device, settings, shape, 1, device.sets(rivals.nbytes))
+    sets = _tensors(device, settings, shape, 1, 1 if settings.warm else device.sets(rivals.nbytes))
     for name, context in _backends(device).items():
         rivals.add(name, "", [_bound(context, _grouped, one) for one in sets])
         rivals.add(name, "folded", [_bound(context, _folded, one) for one in sets])

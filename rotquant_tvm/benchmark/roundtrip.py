@@ -75,21 +75,23 @@ def run(settings: Settings) -> Report:
     report = Report("roundtrip", device.name, device.bandwidth(), "")
     for case, name in zip(cases, names, strict=True):
         settings.progress(f"roundtrip {case.name} {name}")
-        report.rows.append(_race(device, operators, peers, case))
+        report.rows.append(_race(device, operators, peers, case, 1 if settings.warm else device.sets(case.nbytes)))
         device.free()
     report.notes += peers.notes if peers is not None else []
+    if settings.warm:
+        report.notes.append("the same vectors again and again: the device's cache keeps what fits")
     report.clock = ", ".join(sorted(device.timer.clocks))
     return report
 
 
-def _race(device: BenchmarkDevice, operators: OperatorLibrary, peers: Peers | None, case: Case) -> Row:
+def _race(device: BenchmarkDevice, operators: OperatorLibrary, peers: Peers | None, case: Case, buffers: int) -> Row:
     subject = case.format.name
     try:
         codec = case.format.codec(case.head_dim)
         operator = operators.roundtrip(codec, case.dtype)
     except Exception as failed:  # one setting's failure is a row of the table, not its end
         return Row.without_time(case.name, subject, failed)
-    sets = [_vectors(device, case) for _ in range(device.sets(case.nbytes))]
+    sets = [_vectors(device, case) for _ in range(buffers)]
     contenders = [_ours(device, operator, codec, case, sets)]
     if peers is not None:
         contenders += peers.contenders(case.rotation, codec, sets)

@@ -80,6 +80,7 @@ class Settings:
     vectors, head_dims, bits, rotations, dtypes  the cases of a round trip; with neither vectors nor head_dims given,
                 8,192 vectors of head_dim 128, 256 and 512, and 1,048,576 of 128.
     peers       a folder with the user's own checkouts of other projects, whose kernels are built and raced.
+    warm        round trips and decode attention over the same buffers again and again: the device's cache keeps them.
     samples     how many timings the medians are of. progress  is told what is being measured.
 
     Raises ``UsageError`` for heads that do not divide.
@@ -99,6 +100,7 @@ class Settings:
     rotations: tuple[str, ...] = ("iso-full", "iso")
     dtypes: tuple[str, ...] = ("float16", "float32")
     peers: Path | None = None
+    warm: bool = False
     samples: int = 20
     progress: Progress = field(default=lambda _: None, compare=False)
 

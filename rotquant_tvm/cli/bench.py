@@ -43,6 +43,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "rotations": ("roundtrip",),
     "dtypes": ("roundtrip",),
     "peers": ("roundtrip",),
+    "warm": ("roundtrip", "decode"),
 }
 """Which operations an option is for; all of them are None unless they are given."""
 
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cuda", help="cuda (this GPU) or llvm (this CPU) (default: cuda)")
     parser.add_argument(
         "--samples", metavar="N", type=integer(1), default=20, help="timings that a median is of (default: 20)"
+    )
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        default=None,
+        help="roundtrip, decode: the same buffers again and again, so that the device's cache keeps them",
     )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the roofline picture: .svg, .png or .pdf")
     caches = parser.add_argument_group("append, decode, prefill, e2e")

@@ -21,6 +21,7 @@ from rotquant_tvm.frontend.source_format import EXPECTED
 
 if TYPE_CHECKING:
     from rotquant_tvm import CompiledModel, KVCacheConfig
+    from rotquant_tvm.runtime import Requirements
 
 SUMMARY = "compile a model with a packed KV cache"
 _STEPS = 7
@@ -89,8 +90,8 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
         step("load TVM")
         watch = pass_options.PassWatch(arguments, output)
         compiled, code = _compile(arguments, model, config, configuration, watch, step, output)
-        step("write")
-        compiled.save(artifact)
+        step("write" if compiled.target.kind.name == "llvm" else "compile the kernels and write")
+        requires = compiled.save(artifact).manifest.requires
         files = dump_code.write_code(artifact, code)
     watch.report_idle()
     for warning in compiled.report["warnings"]:
@@ -100,12 +101,17 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     for layer in compiled.report["layers"]:
         for role, reason in layer["kept"].items():
             output.note(f"layer {layer['layer']}: {role.upper()} stays in 16 bits: {reason}")
+    if requires is not None and requires.cuda_code == "cuda":
+        output.note(
+            "warning: no CUDA compiler was found (nvcc, or the package cuda-bindings), so the kernels stay source: a "
+            "machine that loads the library needs TVM's compiler and one of these"
+        )
     if compiled.default_capacity < arguments.kv_capacity:
         output.note(
             f"sessions hold {compiled.default_capacity} tokens per sequence, not {arguments.kv_capacity}: "
             "there the model's positions end"
         )
-    _show(compiled, artifact, files, watch, output)
+    _show(compiled, artifact, requires, files, watch, output)
 
 
 def _artifact_path(arguments: argparse.Namespace) -> Path:
@@ -163,7 +169,12 @@ def _compile(
 
 
 def _show(
-    compiled: CompiledModel, artifact: Path, files: list[Path], watch: pass_options.PassWatch, output: Output
+    compiled: CompiledModel,
+    artifact: Path,
+    compiled_for: Requirements | None,
+    files: list[Path],
+    watch: pass_options.PassWatch,
+    output: Output,
 ) -> None:
     from rotquant_tvm.cli.report_table import report_parts, target_text
 
@@ -172,6 +183,7 @@ def _show(
         "artifact": str(artifact),
         "default_capacity": compiled.default_capacity,
         "report": report,
+        "requires": None if compiled_for is None else compiled_for.document(),
         "files": [str(file) for file in files],
     }
     shown = report_parts(report)

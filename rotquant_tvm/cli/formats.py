@@ -3,6 +3,11 @@
 Bits per element count the 16-bit gains stored beside the codes. Bytes per token are those of the keys and
 values of one kv head of one layer. Presets are listed again with the formats of K and V and the cache policy
 that they stand for; the sizes shown are those of quantized tokens, without means and 16-bit tokens.
+
+For example:
+  tvmc formats
+  tvmc formats rq3 iso3 q8_0 --head-dims 128
+  tvmc formats --json
 """
 
 from __future__ import annotations

@@ -77,7 +77,11 @@ def _inspect_artifact(path: Path, output: Output) -> None:
     document: dict[str, Any] = {
         "artifact": str(path),
         "target": manifest.target,
-        "tvm": manifest.tvm,
+        "requires": None if manifest.requires is None else manifest.requires.document(),
+        "versions": dict(manifest.versions),
+        "model": dict(manifest.model),
+        "tuning_records": [dict(record) for record in manifest.tuning_records],
+        "codecs": dict(manifest.codecs),
         "default_capacity": manifest.default_capacity,
         "max_position": info.max_position,
         "batch": info.batch,
@@ -91,7 +95,8 @@ def _inspect_artifact(path: Path, output: Output) -> None:
         shown += report_parts(report)
     facts = [
         ["compiled for", target_text(manifest.target)],
-        ["with TVM", manifest.tvm],
+        *([] if manifest.requires is None else [["runs on", manifest.requires.text]]),
+        ["with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())],
         ["tokens per sequence", f"{manifest.default_capacity or '–'} (at most {info.max_position})"],
         ["batch", str(info.batch or "any")],
         ["vocabulary", str(info.vocab_size)],

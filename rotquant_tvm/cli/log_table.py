@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from rotquant_tvm.cli.output import table
 
 if TYPE_CHECKING:
@@ -15,25 +17,29 @@ if TYPE_CHECKING:
 
 
 def record_table(title: str, records: Sequence[LogRecord], notes: Sequence[str] = ()) -> Table:
-    """Return one row per record; ``notes`` says something of each."""
+    """Return one row per record, with the times before (the rule's own) and after; ``notes`` says something of each.
+
+    Records come from anywhere: nothing in them is taken for markup.
+    """
     from rotquant_tvm.tuning.shape_buckets import bucket_label
 
     rows = [
         [
-            record.operator,
-            record.shape.label,
-            bucket_label(record.bucket),
+            escape(record.operator),
+            escape(record.shape.label),
+            escape(bucket_label(record.bucket)),
             _knobs(record),
             note,
+            "" if record.rule_seconds is None else f"{1e6 * record.rule_seconds:.4g}",
             f"{1e6 * record.seconds:.4g}",
-            "" if record.rule_seconds is None else f"{record.rule_seconds / record.seconds:.2f}×",
+            "" if record.gain is None else f"{record.gain:.2f}×",
             "" if record.share is None else f"{100 * record.share:.0f} %",
             record.trials,
         ]
         for record, note in zip(records, notes or [""] * len(records), strict=True)
     ]
-    columns = ["operator", "shape", "bucket", "knobs", "", "µs", "faster", "of copy", "trials"]
-    return table(title, columns, rows, left=5)
+    columns = ["operator", "shape", "bucket", "knobs", "", "rule's µs", "µs", "gain", "of roofline", "trials"]
+    return table(escape(title), columns, rows, left=5)
 
 
 def change_table(changes: Sequence[RecordChange]) -> Table:
@@ -42,9 +48,9 @@ def change_table(changes: Sequence[RecordChange]) -> Table:
 
     rows = [
         [
-            change.record.operator,
-            change.record.shape.label,
-            bucket_label(change.record.bucket),
+            escape(change.record.operator),
+            escape(change.record.shape.label),
+            escape(bucket_label(change.record.bucket)),
             change.kind,
             _knobs(change.old),
             _knobs(change.new),
@@ -61,7 +67,7 @@ def change_table(changes: Sequence[RecordChange]) -> Table:
 def _knobs(record: LogRecord | None) -> str:
     if record is None:
         return ""
-    return ", ".join(f"{name}={value}" for name, value in record.knobs.items()) or "the rule's own"
+    return escape(", ".join(f"{name}={value}" for name, value in record.knobs.items())) or "the rule's own"
 
 
 def _micro(record: LogRecord | None) -> str:

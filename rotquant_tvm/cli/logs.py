@@ -8,16 +8,19 @@ For example:
   tvmc logs merge ./logs-a ./logs-b -o tuning_logs
 
 A path is the log of one device or a folder of such logs. Without one, list and check take every log that tvmc compile
-would look at: the user's, then those that come with the package. merge keeps the faster of two records of one task, and
-of an older and a newer kernel the newer one's.
+would look at: the user's, then those that come with the package. merge keeps the faster of two records of one task; of
+two kernels that of this version, else the newer one's.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
 
 from rotquant_tvm.cli.output import Output, table
 from rotquant_tvm.errors import RotQuantError, UsageError
@@ -25,7 +28,7 @@ from rotquant_tvm.errors import RotQuantError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rotquant_tvm.tuning.log_store import TuningLog
+    from rotquant_tvm.tuning.log_store import LogRecord, TuningLog
 
 SUMMARY = "list, check, compare or merge tuning logs"
 _ACTIONS = ("list", "check", "diff", "merge")
@@ -66,8 +69,6 @@ def _folders(paths: list[Path]) -> list[Path]:
 
 
 def _list(arguments: argparse.Namespace, output: Output) -> None:
-    from tvm.target import Target
-
     from rotquant_tvm.cli.log_table import record_table
     from rotquant_tvm.tuning.log_check import is_stale
     from rotquant_tvm.tuning.log_store import read_log
@@ -76,7 +77,7 @@ def _list(arguments: argparse.Namespace, output: Output) -> None:
     shown: list[Table | str] = []
     for folder in _folders(arguments.paths):
         log = read_log(folder)
-        stale = [is_stale(entry, Target(dict(log.target))) for entry in log.entries]
+        stale = [is_stale(record, log.device["kind"]) for record in log.records]
         logs.append(_described(log, stale))
         title = f"{log.device['name']} ({log.device['arch']}), TVM {log.tvm}: {folder}"
         shown += [*([""] if shown else []), record_table(title, log.records, ["stale" if s else "" for s in stale])]
@@ -91,6 +92,7 @@ def _described(log: TuningLog, stale: list[bool]) -> dict[str, Any]:
         "tvm": log.tvm,
         "layout_version": log.layout_version,
         "copy_bandwidth": log.copy_bandwidth,
+        "product_rate": log.product_rate,
         "records": [vars(record) | {"stale": old} for record, old in zip(log.records, stale, strict=True)],
     }
 
@@ -100,7 +102,8 @@ def _check(arguments: argparse.Namespace, output: Output) -> None:
 
     checked = {folder: log_problems(folder) for folder in _folders(arguments.paths)}
     document = {"logs": [{"folder": str(folder), "problems": problems} for folder, problems in checked.items()]}
-    rows = [[str(folder), problem] for folder, problems in checked.items() for problem in problems or ["ok"]]
+    found = [(folder, problem) for folder, problems in checked.items() for problem in problems or ["ok"]]
+    rows = [[escape(str(folder)), escape(problem)] for folder, problem in found]
     output.result(document, table("", ["log", "result"], rows, left=2) if rows else "no tuning logs to check")
     if any(checked.values()):
         raise SystemExit(RotQuantError.exit_status)
@@ -146,8 +149,28 @@ def _merge(arguments: argparse.Namespace, output: Output) -> None:
             old = read_log(root / log.slug)
         if old is not None:
             check_same_device(old, log)
-        merged[log.slug] = log.merged([]) if old is None else old.merged(log.entries)
+        merged[log.slug] = _joined(old or replace(log, entries=()), log)
     for slug, log in merged.items():
         write_log(root / slug, replace(log, path=root / slug))
-    logs = [{"folder": str(root / slug), "records": len(log.entries)} for slug, log in merged.items()]
-    output.result({"logs": logs}, *(f"wrote {log['records']} records to {log['folder']}" for log in logs))
+    logs = [
+        {"folder": str(root / slug), "records": len(log.entries), "stale": sum(map(_stale_on(log), log.records))}
+        for slug, log in merged.items()
+    ]
+    output.result({"logs": logs}, *(_written(log) for log in logs))
+
+
+def _joined(old: TuningLog, new: TuningLog) -> TuningLog:
+    """One log of two, with the records of the kernels that there are now where either has one."""
+    joined = old.merged(new.entries, _stale_on(old))
+    return replace(joined, layout_version=max(old.layout_version, new.layout_version))
+
+
+def _stale_on(log: TuningLog) -> Callable[[LogRecord], bool]:
+    from rotquant_tvm.tuning.log_check import is_stale
+
+    return lambda record: is_stale(record, log.device["kind"])
+
+
+def _written(log: dict[str, Any]) -> str:
+    stale = f", {log['stale']} of them of kernels that have changed since (tune these again)" if log["stale"] else ""
+    return f"wrote {log['records']} records to {log['folder']}{stale}"

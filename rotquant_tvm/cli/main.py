@@ -1,7 +1,8 @@
 """``tvmc``: the command line. Its grammar, exit statuses and error lines.
 
 Exit status: 0 ok; 1 a check failed; 2 usage; 3 internal or device failure; 4 a refused model or input file;
-130 interrupted.
+130 interrupted. With --json standard output gets one document, which has an entry "error" if the command failed; a
+command that a signal ended writes none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from types import FrameType
 
 from rotquant_tvm import __version__
 from rotquant_tvm.cli.config_file import expand_config
+from rotquant_tvm.cli.former_options import check_former_options
+from rotquant_tvm.cli.help_text import OVERVIEW, help_parts
+from rotquant_tvm.cli.next_steps import next_steps
 from rotquant_tvm.cli.options import Parser, common_options, join_layer_lists
 from rotquant_tvm.cli.output import Output
 from rotquant_tvm.cli.streams import Streams, own_streams
@@ -32,9 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, commands = build_parser()
+        check_former_options(argv, {name: list(command._option_string_actions) for name, command in commands.items()})
         arguments = parser.parse_args(join_layer_lists(expand_config(argv, commands)))
     except UsageError as error:
-        return _failed(error, Output(Streams(sys.stdout, sys.stderr), "--json" in argv, argv.count("-vv") * 2))
+        output = Output(Streams(sys.stdout, sys.stderr), "--json" in argv, _verbosity(argv))
+        status = _failed(error, output)
+        output.finish()
+        return status
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
     with own_streams(show_others=arguments.verbosity > 1) as streams, _terminable():
@@ -45,7 +53,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     """Return the grammar of the whole command line, and that of each command."""
     parser = Parser(
         prog="tvmc",
-        description="Compile decoder models with a rotation-quantized, bit-packed KV cache, and run them.",
+        description="Compile decoder models with a rotation-quantized, bit-packed KV cache, tune them, and run them.",
+        epilog=OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     version = f"tvmc of rotquant_tvm {__version__}"
@@ -55,11 +65,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     grammars: dict[str, argparse.ArgumentParser] = {}
     for name in COMMANDS:
         module = importlib.import_module(f"{__package__}.{name}")
+        description, examples = help_parts(str(module.__doc__))
         command = commands.add_parser(
             name,
             parents=[common],
             help=module.SUMMARY,
-            description=module.__doc__,
+            description=description,
+            epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -72,11 +84,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 def _execute(arguments: argparse.Namespace, output: Output) -> int:
     """Run the command and turn whatever it raises into an exit status and an error line."""
     try:
-        arguments.execute(arguments, output)
-        output.streams.out.flush()
-        return 0
-    except SystemExit as stop:
-        return int(stop.code or 0)
+        status = _status_of(arguments, output)
+        output.finish()
+        return status
     except KeyboardInterrupt:
         output.error("interrupted")
         return INTERRUPTED
@@ -84,8 +94,24 @@ def _execute(arguments: argparse.Namespace, output: Output) -> int:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), output.streams.out.fileno())
         return 0
+
+
+def _status_of(arguments: argparse.Namespace, output: Output) -> int:
+    """Run the command; its error goes to the output."""
+    try:
+        arguments.execute(arguments, output)
+    except SystemExit as stop:
+        if stop.code == TERMINATED:
+            output.document = None
+        return int(stop.code or 0)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         return _failed(error, output)
+    if not output.as_json:
+        for line in next_steps(arguments, output.document or {}):
+            output.note(f"next: {line}")
+    return 0
 
 
 def _failed(error: Exception, output: Output) -> int:
@@ -96,10 +122,14 @@ def _failed(error: Exception, output: Output) -> int:
         status, message = error.exit_status, str(error)
     else:
         status, message = INTERNAL, _internal(error, output.verbosity)
-    if output.as_json:
-        output.result({"error": {"kind": type(error).__name__, "message": message, "exit_status": status}})
+    output.failed(type(error).__name__, message, status)
     output.error(message)
     return status
+
+
+def _verbosity(argv: Sequence[str]) -> int:
+    """How many -v there are in words that could not be parsed."""
+    return sum(word.count("v") for word in argv if word[:1] == "-" and set(word[1:]) == {"v"})
 
 
 def _internal(error: Exception, verbosity: int) -> str:

@@ -35,10 +35,14 @@ def common_options() -> Parser:
     group.add_argument("--json", action="store_true", help="one JSON document on standard output")
     group.add_argument(
         "-v",
+        "--verbose",
         dest="verbosity",
         action="count",
         default=0,
         help="say more on standard error; -vv: tracebacks, and what TVM and torch print",
+    )
+    group.add_argument(
+        "-q", "--quiet", dest="verbosity", action="store_const", const=-1, help="nothing on standard error but errors"
     )
     add_config_option(group)
     return parent

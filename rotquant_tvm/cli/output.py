@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,25 +29,37 @@ Advance: TypeAlias = Callable[[str], None]
 class Output:
     """The two streams of one command.
 
-    ``as_json``: standard output gets the one document given to ``result`` and nothing else. ``verbosity``:
-    how many -v were given.
+    ``as_json``: standard output gets one document and nothing else, what ``result`` and ``failed`` were given, when
+    ``finish`` is called. ``verbosity``: how many -v were given; below 0 nothing but errors goes to standard error.
+    ``document``: what ``result`` was given, or None.
     """
 
     def __init__(self, streams: Streams, as_json: bool, verbosity: int) -> None:
         self.as_json = as_json
         self.verbosity = verbosity
         self.streams = streams
+        self.document: dict[str, Any] | None = None
         self._out = _console(streams.out)
         self._err = _console(streams.err)
 
     def result(self, document: dict[str, Any], *shown: Table | str) -> None:
         """Write the command's result: ``document`` with --json, else the tables and lines ``shown``."""
-        if self.as_json:
-            self.streams.out.write(json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n")
-            self.streams.out.flush()
-            return
-        for part in shown:
-            _print(self._out, part)
+        self.document = document
+        if not self.as_json:
+            for part in shown:
+                _print(self._out, part)
+
+    def failed(self, kind: str, message: str, status: int) -> None:
+        """Add to the command's document how it failed."""
+        error = {"kind": kind, "message": message, "exit_status": status}
+        self.document = (self.document or {}) | {"error": error}
+
+    def finish(self) -> None:
+        """Write the document with --json, if there is one, and flush standard output."""
+        if self.as_json and self.document is not None:
+            text = json.dumps(_plain(self.document), indent=1, ensure_ascii=False, default=str, allow_nan=False)
+            self.streams.out.write(text + "\n")
+        self.streams.out.flush()
 
     def text(self, piece: str) -> None:
         """Write a piece of text to standard output as it is; nothing with --json."""
@@ -55,12 +68,13 @@ class Output:
             self.streams.out.flush()
 
     def note(self, part: Table | str) -> None:
-        """Write a line or a table to standard error."""
-        _print(self._err, part)
+        """Write a line or a table to standard error; nothing with --quiet."""
+        if self.verbosity >= 0:
+            _print(self._err, part)
 
     def detail(self, line: str) -> None:
         """Write a line to standard error at -v."""
-        if self.verbosity:
+        if self.verbosity > 0:
             self.note(line)
 
     def error(self, message: str) -> None:
@@ -74,7 +88,7 @@ class Output:
 
         A bar with a clock on a terminal; elsewhere one line per step.
         """
-        if not self._err.is_terminal:
+        if not self._err.is_terminal or self.verbosity < 0:
             yield self._lines(first)
             return
         columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24)]
@@ -108,6 +122,15 @@ class Output:
             last[0] = name
 
         return advance
+
+
+def _plain(value: Any) -> Any:
+    """The value with null for numbers that JSON has not: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _console(stream: TextIO) -> Console:

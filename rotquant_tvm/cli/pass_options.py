@@ -24,6 +24,7 @@ def add_pass_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("passes")
     group.add_argument(
         "-O",
+        "--opt-level",
         dest="opt_level",
         metavar="LEVEL",
         type=int,
@@ -63,7 +64,7 @@ def _value(text: str) -> Any:
         return _BOOLEANS[text.lower()]
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -138,7 +138,7 @@ def target_text(target: str | Mapping[str, Any]) -> str:
     """Return a target in short: its kind and what it was compiled for."""
     try:
         attributes = dict(target) if isinstance(target, Mapping) else json.loads(target)
-    except ValueError:
+    except (ValueError, RecursionError):
         return str(target)
     name = attributes.get("arch") or attributes.get("mcpu")
     return f"{attributes.get('kind', '?')} ({name})" if name else str(attributes.get("kind", "?"))

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_prompt_options(parser.add_argument_group("generation"))
     tensors = parser.add_argument_group("tensors")
-    tensors.add_argument("--inputs", metavar="X.npz", type=Path, help="ids and new_lengths of one prefill")
-    tensors.add_argument("--outputs", metavar="Y.npz", type=Path, help="where to write what came out")
+    tensors.add_argument("-i", "--inputs", metavar="X.npz", type=Path, help="ids and new_lengths of one prefill")
+    tensors.add_argument("-o", "--outputs", metavar="Y.npz", type=Path, help="where to write what came out")
     tensors.add_argument(
         "--fill-mode",
         choices=("random", "zeros", "ones"),

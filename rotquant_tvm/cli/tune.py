@@ -1,19 +1,23 @@
-"""Tune the kernels of a KV cache for one device, and keep what is best as a tuning log.
+"""Tune the kernels of a model for one device, and keep what is best as a tuning log.
 
 For example:
   tvmc tune model.gguf --kv-cache rq3 --target cuda
+  tvmc tune model.gguf --kv-cache rq3 --target cuda --time-budget 600
   tvmc tune --target cuda --heads 32 --kv-heads 8 --head-dim 128 -o logs
   tvmc tune --target cuda --shapes 1x8K,8x32K --tasks attention_decode --trials-per-task 32
   tvmc tune model.gguf --target cuda --tasks list
 
-Without MODEL, an attention of --heads and so on is tuned in 2, 3 and 4 bits and with the preset rq3, or in --kv-cache.
-An interrupted run goes on where it was: the same command measures nothing twice. tvmc compile finds the log by itself
-unless -o named a folder of your own; then tell it with --tuning-records.
+With MODEL, its KV operators and the rest of its work (linear layers, norms, loops) are tuned; of a transformers model
+config.json is enough. Without, an attention of --heads and so on is, in 2, 3 and 4 bits and with the preset rq3, or in
+--kv-cache. A run that was interrupted or out of time goes on where it was: the same command measures nothing twice.
+tvmc compile finds the log by itself unless -o named a folder of your own; then tell it with --tuning-records.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +25,19 @@ from rotquant_tvm.benchmark.settings import BatchShape
 from rotquant_tvm.cli import model_files
 from rotquant_tvm.cli.options import add_kv_options, integer, kv_cache_config, number, words
 from rotquant_tvm.cli.output import Advance, Output, table
-from rotquant_tvm.errors import UsageError
+from rotquant_tvm.cli.tune_progress import tuning_progress
+from rotquant_tvm.errors import ModelError, UsageError
 from rotquant_tvm.frontend.source_format import EXPECTED
 
 if TYPE_CHECKING:
+    from tvm import IRModule
     from tvm.target import Target
 
     from rotquant_tvm import KVCacheConfig
     from rotquant_tvm.tuning.tune import TuningOptions, TuningResult
     from rotquant_tvm.tuning.tuning_task import TuningTask
 
-SUMMARY = "tune the KV kernels of a model for one device"
+SUMMARY = "tune the kernels of a model for one device"
 _KV_OPTIONS = ("kv_cache", "cache_type_k", "cache_type_v", "kv_layers", *(f"kv_{n}" for n in ("sinks", "recent")))
 
 
@@ -83,6 +89,9 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         "--trials-per-task", metavar="N", type=integer(1), default=16, help="kernels measured per task (default: 16)"
     )
     search.add_argument(
+        "--time-budget", metavar="S", type=number(0, above=True), help="seconds for all of it (default: no limit)"
+    )
+    search.add_argument(
         "--early-stopping", metavar="N", type=integer(0), default=0, help="end a task after N without a new best"
     )
     search.add_argument("--seed", metavar="N", type=integer(0), default=0, help="of the order of trials (default: 0)")
@@ -119,11 +128,21 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     tasks = selected_tasks(tasks, arguments.tasks)
     options = _options(arguments, tasks)
     root = (arguments.output or user_logs()).resolve()
-    with output.steps(len(tasks) * options.trials_per_task, "start the workers") as step:
-        result = tune(tasks, root, options, lambda name, count: _advance(step, name, count))
+    try:
+        with tuning_progress(output, f"start the workers for {len(tasks)} tasks") as told:
+            result = tune(tasks, root, options, told)
+    except (KeyboardInterrupt, SystemExit):
+        output.note(f"what was measured is kept in {root}; to go on: {_this_command()}")
+        raise
     for failure in result.failures:
         output.detail(failure)
     _show(result, output)
+    if not result.finished:
+        output.note(f"there are trials left; to go on: {_this_command()}")
+
+
+def _this_command() -> str:
+    return shlex.join(["tvmc", *sys.argv[1:]])
 
 
 def _configs(arguments: argparse.Namespace) -> list[KVCacheConfig]:
@@ -146,7 +165,7 @@ def _tasks(
 ) -> list[TuningTask]:
     from rotquant_tvm.target import resolve_target
     from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
-    from rotquant_tvm.tuning.task_sources import pass_definitions, vector_definitions
+    from rotquant_tvm.tuning.task_sources import model_definitions, pass_definitions, vector_definitions
     from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
     target = resolve_target(arguments.target)
@@ -157,15 +176,31 @@ def _tasks(
     if model is None:
         mod = bare_model(attention)
     else:
-        from rotquant_tvm.frontend import import_model
-
         step("import")
-        mod = import_model(model, dtype=dtype).mod
+        mod = _imported(model, dtype)
     step("find the kernels")
-    definitions = [func for config in configs for func in pass_definitions(mod, config, target)]
+    found = pass_definitions if model is None else model_definitions
+    definitions = [func for config in configs for func in found(mod, config, target)]
     if arguments.vectors:
         definitions += vector_definitions(arguments.vectors, attention.head_dim, dtype, target)
     return tuning_tasks(definitions, target, arguments.shapes)
+
+
+def _imported(model: Path, dtype: str) -> IRModule:
+    """The module of a model; of a directory without weights by its configuration, since their shapes are enough."""
+    from rotquant_tvm.frontend import from_config, import_model, require_torch
+
+    if not model.is_dir() or any(next(model.glob(f"*.{suffix}"), None) for suffix in ("safetensors", "bin")):
+        return import_model(model, dtype=dtype).mod
+    require_torch()
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{model} has no configuration that transformers can read: {reason}") from error
+    return from_config(config, dtype=dtype).mod
 
 
 def _check_device(arguments: argparse.Namespace, target: Target) -> None:
@@ -191,6 +226,7 @@ def _options(arguments: argparse.Namespace, tasks: list[TuningTask]) -> TuningOp
     return TuningOptions(
         trials_per_task=arguments.trials_per_task,
         trials=arguments.trials,
+        time_budget=arguments.time_budget,
         early_stopping=arguments.early_stopping,
         timing=Timing(arguments.number, arguments.repeat, arguments.min_repeat_ms),
         timeout=arguments.timeout,
@@ -205,11 +241,6 @@ def _shapes(text: str) -> list[BatchShape]:
         return [BatchShape.parse(word) for word in words()(text)]
     except UsageError as error:  # argparse would hide its text: it is a ValueError
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _advance(step: Advance, name: str, count: int) -> None:
-    for _ in range(count):
-        step(name)
 
 
 def _described(task: TuningTask) -> dict[str, Any]:
@@ -241,7 +272,8 @@ def _show(result: TuningResult, output: Output) -> None:
         "device": result.device.document(),
         "measured": result.measured,
         "failures": list(result.failures),
-        "records": [vars(record) for record in records],
+        "finished": result.finished,
+        "records": [vars(record) | {"gain": record.gain} for record in records],
     }
     failed = f", {len(result.failures)} failed" if result.failures else ""
     output.result(

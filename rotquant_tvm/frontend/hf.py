@@ -47,7 +47,7 @@ def _load_directory(path: Path, dtype: torch.dtype) -> LoadedModel:
         raise ModelError(f"{path} has no config.json; give a directory that holds a transformers model")
     try:
         declared = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     if not isinstance(declared, dict) or "model_type" not in declared:
         raise ModelError(f"{file} names no model_type")

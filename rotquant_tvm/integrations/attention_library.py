@@ -20,6 +20,7 @@ from ..pipeline import kv_passes, operator_passes, pass_context, run_passes
 from ..runtime import CompiledLibrary, load_library, write_artifact
 from ..runtime.cache_arrays import CacheArrays
 from ..runtime.device import device_errors, parse_device
+from ..runtime.forks import check_fork
 from ..session_limits import session_limits
 from ..target import resolve_target
 from .attention_geometry import AttentionGeometry
@@ -48,6 +49,7 @@ class AttentionLibrary:
 
         Takes tensors of torch or TVM, and returns TVM's or torch's. Raises DeviceError if the device fails.
         """
+        check_fork()
         functions = self._local.__dict__.setdefault("functions", {})
         if function not in functions:
             machine = self._local.__dict__.setdefault("machine", self.library.virtual_machine())

@@ -148,11 +148,12 @@ class PackedLayer:
         return twin
 
     def _make_room(self, new: np.ndarray) -> None:
-        needed = int((self.lengths + new).max())
+        lengths = self.lengths + new
+        needed = int(lengths.max())
         if needed <= self.capacity:
             return
         if self.limit is not None:
-            raise _full(self.limit, needed)
+            raise _full(self.limit, needed, int(lengths.argmax()))
         capacity = max(needed, self.capacity + max(FIRST_CAPACITY, self.capacity // 4))
         grown = self._library.create(self.batch, capacity)
         for old, larger in zip(self._arrays.layers, grown.layers, strict=True):
@@ -176,11 +177,11 @@ class PackedLayer:
         return tvm_ffi.use_raw_stream(tvm.runtime.device(device_name(self.device)), stream)
 
 
-def _full(limit: int, needed: int) -> KVCacheFull:
-    error = KVCacheFull(limit, needed)
+def _full(limit: int, needed: int, sequence: int) -> KVCacheFull:
+    error = KVCacheFull(limit, needed, sequence=sequence)
     error.args = (
-        f"the cache's max_length is {limit} tokens per sequence and this call needs {needed}; make it with a larger "
-        "max_length, or with none, and it grows as it is filled",
+        f"the cache's max_length is {limit} tokens per sequence and this call needs {needed} for sequence {sequence}; "
+        "make it with a larger max_length, or with none, and it grows as it is filled",
     )
     return error
 

@@ -100,6 +100,18 @@ class OnlineSoftmax:
         T.buffer_store(self._total, self._total[mine] * decay + state[total], [mine])
         T.buffer_store(self._peak, state[peak], [mine])
 
+    def put_query(self, value: Callable[[Expr], Expr]) -> None:
+        """Put ``value(dim)``, times what ``start`` says, in the place of the query (of one row)."""
+        with self.axes.lanes(self.head_dim) as dim:
+            T.buffer_store(self.query, value(dim), [dim])
+
+    def turn_output(self, scratch: Any, turned: Callable[[Any, Expr], Expr]) -> None:
+        """Put ``turned(scratch, dim)`` in the place of the output (of one row), which is in ``scratch`` [head_dim]."""
+        with self.axes.lanes(self.head_dim) as dim:
+            T.buffer_store(scratch, self._output[self.axes.place(dim, 0, 1)], [dim])
+        with self.axes.lanes(self.head_dim) as dim:
+            T.buffer_store(self._output, turned(scratch, dim), [self.axes.place(dim, 0, 1)])
+
     def partial(self, store: Store, store_sums: Store) -> None:
         """Hand over the unnormalized results: ``store(row, dim, output)`` and ``store_sums(row, peak, total)``."""
         with self.axes.lanes(self.head_dim) as dim:

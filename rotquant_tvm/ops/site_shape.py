@@ -20,7 +20,8 @@ class SiteShape:
 
     ``chunk`` tells prefill (several new tokens, whose keys and values are at hand unquantized) from decode; ``splits``
     is how many parts a sequence is read in by decode attention; ``policy`` is the cache policy's name. ``rotated``: the
-    kernel itself rotates the queries and un-rotates the output, by coefficients that it takes after the lengths.
+    kernel itself rotates the queries and un-rotates the output, by coefficients that it takes after the lengths (a
+    chunk's kernel by matrices, and only for what it reads of the past).
     ``softcap`` bounds the scaled scores (``ops.soft_cap``; None: they are as they are).
     """
 

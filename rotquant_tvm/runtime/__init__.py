@@ -6,20 +6,24 @@ several sessions over the same weights. Works in a process with ``TVM_USE_RUNTIM
 
 from rotquant_tvm.runtime.artifact import Artifact, check_output, read_artifact, write_artifact
 from rotquant_tvm.runtime.cache_info import KVCacheInfo, LayerInfo
+from rotquant_tvm.runtime.codec_file import CodecData
 from rotquant_tvm.runtime.generation import Generation, GenerationStream, TextChunk
 from rotquant_tvm.runtime.library import CompiledLibrary, load, load_library
 from rotquant_tvm.runtime.manifest import Manifest, TokenizerSpec
+from rotquant_tvm.runtime.requirements import Requirements
 from rotquant_tvm.runtime.sampling import SamplingConfig
 from rotquant_tvm.runtime.session import Session
 
 __all__ = [
     "Artifact",
+    "CodecData",
     "CompiledLibrary",
     "Generation",
     "GenerationStream",
     "KVCacheInfo",
     "LayerInfo",
     "Manifest",
+    "Requirements",
     "SamplingConfig",
     "Session",
     "TextChunk",

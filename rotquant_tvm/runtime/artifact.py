@@ -1,18 +1,16 @@
 """The directory that a compile leaves behind: written atomically, verified when read.
 
-An artifact holds ``model.so``, ``weights.safetensors``, ``manifest.json`` and, if the model has one,
-``tokenizer.json``. It is first written beside its final place and then renamed, so the final name
-never shows a half-written artifact.
+An artifact holds ``model.so``, ``weights.safetensors``, ``codecs.safetensors`` (rotations and codebooks),
+``manifest.json`` and, if the model has one, ``tokenizer.json``; ``docs/artifact.md`` describes them. It is first
+written beside its final place and then renamed, so the final name never shows a half-written artifact.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,12 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (NumPy learns bfloat16 from it)
 import numpy as np
 import safetensors.numpy
-import tvm
 from safetensors import SafetensorError, safe_open
 
 from rotquant_tvm.artifact_folder import MANIFEST_FILE, check_output
-from rotquant_tvm.errors import ArtifactError, UsageError
+from rotquant_tvm.errors import ArtifactError, DeviceError, UsageError
 from rotquant_tvm.runtime.cache_info import KVCacheInfo
+from rotquant_tvm.runtime.codec_file import CODECS_FILE, CodecData, read_codecs
 from rotquant_tvm.runtime.manifest import (
     LIBRARY_FILE,
     TOKENIZER_FILE,
@@ -34,6 +32,8 @@ from rotquant_tvm.runtime.manifest import (
     Manifest,
     TokenizerSpec,
 )
+from rotquant_tvm.runtime.requirements import Requirements
+from rotquant_tvm.staging import is_disk_full, move_into_place, staging_folder, write_error
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,12 @@ class Artifact:
             return None
         with _damage(self.path / TOKENIZER_FILE):
             return (self.path / TOKENIZER_FILE).read_text(encoding="utf-8")
+
+    def codecs(self) -> CodecData | None:
+        """Return the rotations and codebooks of the cache, each checked, or None if the artifact has none of them."""
+        if not self.manifest.codecs:
+            return None
+        return read_codecs(self.path / CODECS_FILE, self.manifest.codecs, f"{self.path / MANIFEST_FILE}: codecs")
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (name, array) in the order in which the library takes its weights.
@@ -81,15 +87,19 @@ def write_artifact(
     tokenizer_json: str | None = None,
     tokenizer: TokenizerSpec | None = None,
     default_capacity: int | None = None,
+    requires: Requirements | None = None,
+    model: Mapping[str, Any] | None = None,
+    codecs: CodecData | None = None,
 ) -> Artifact:
     """Write an artifact at ``path``, replacing an artifact that is already there.
 
     ``library`` is the shared library's bytes or a function that writes it to the path it is given
     (``executable.export_library``). ``weights`` maps exactly the names in ``kv_cache_info["weights"]`` to
     arrays of any shape and dtype (bfloat16 by ml_dtypes). ``target`` is ``str(target)`` or a mapping with
-    ``kind``. Raises UsageError if ``path`` cannot be written, holds something that is not an artifact, or
-    the weights do not match their names; whatever ``library`` raises passes through. In every such case
-    ``path`` is as it was before.
+    ``kind``, ``requires`` what it asks of a machine; ``model`` says what was compiled; ``codecs`` are the rotations and
+    codebooks. The report's "tuning_records" become the manifest's. Raises UsageError if ``path`` cannot be written,
+    holds something that is not an artifact, or the weights do not match their names; whatever ``library`` raises passes
+    through. In every such case ``path`` is as it was before.
     """
     final = Path(path).resolve()
     info = KVCacheInfo.from_document(dict(kv_cache_info))
@@ -97,34 +107,39 @@ def write_artifact(
         odd = sorted(set(weights) ^ set(info.weights))
         raise UsageError(f"weights and kv_cache_info['weights'] disagree about {', '.join(odd[:3])}")
     check_output(final)
-    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
-    missing = [folder for folder in final.parents if not folder.exists()]
+    needed = sum(np.asarray(array).nbytes for array in weights.values())
     try:
-        partial.mkdir(parents=True)
-        _write_library(partial / LIBRARY_FILE, library)
-        safetensors.numpy.save_file(
-            {name: np.asarray(weights[name], order="C") for name in info.weights}, partial / WEIGHTS_FILE
-        )
-        if tokenizer_json is not None:
-            (partial / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
-        manifest = Manifest(
-            info=info,
-            target=target,
-            tvm=tvm.__version__,
-            files={file.name: _record(file) for file in sorted(partial.iterdir())},
-            tokenizer=tokenizer or TokenizerSpec(),
-            report=dict(report or {}),
-            default_capacity=default_capacity,
-        )
-        (partial / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        # safetensors writes files for the owner's eyes only; an artifact is as readable as its manifest.
-        (partial / WEIGHTS_FILE).chmod((partial / MANIFEST_FILE).stat().st_mode)
-        _move_into_place(partial, final)
-    except OSError as error:
-        raise UsageError(f"cannot write {final}: {error.strerror or error}; choose another output") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty(missing)
+        with staging_folder(final) as partial:
+            _write_library(partial / LIBRARY_FILE, library)
+            needed += (partial / LIBRARY_FILE).stat().st_size
+            safetensors.numpy.save_file(
+                {name: np.asarray(weights[name], order="C") for name in info.weights}, partial / WEIGHTS_FILE
+            )
+            if codecs is not None:
+                codecs.write(partial / CODECS_FILE)
+            if tokenizer_json is not None:
+                (partial / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+            manifest = Manifest(
+                info=info,
+                target=target,
+                requires=requires,
+                model=dict(model or {}),
+                tuning_records=list((report or {}).get("tuning_records", ())),
+                codecs={} if codecs is None else codecs.document(),
+                files={file.name: _record(file) for file in sorted(partial.iterdir())},
+                tokenizer=tokenizer or TokenizerSpec(),
+                report=dict(report or {}),
+                default_capacity=default_capacity,
+            )
+            (partial / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+            # safetensors writes files for the owner's eyes only; an artifact is as readable as its manifest.
+            for name in (WEIGHTS_FILE, *([] if codecs is None else [CODECS_FILE])):
+                (partial / name).chmod((partial / MANIFEST_FILE).stat().st_mode)
+            move_into_place(partial, final)
+    except (OSError, SafetensorError, DeviceError) as error:
+        if isinstance(error, DeviceError) and not is_disk_full(error):  # of the linker
+            raise
+        raise write_error(final, error, needed) from error
     return Artifact(final, manifest)
 
 
@@ -135,19 +150,15 @@ def read_artifact(path: str | os.PathLike[str], verify: bool = True) -> Artifact
     ArtifactError naming the file that is missing, damaged or of another version, and what to do.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        what = "is a file, not an artifact folder" if folder.exists() else "does not exist"
-        raise ArtifactError(f"{folder} {what}; pass a folder written by tvmc compile")
     where = folder / MANIFEST_FILE
-    if not where.is_file():
-        raise ArtifactError(f"{where} is missing; pass a folder written by tvmc compile")
+    with _damage(folder):
+        if not folder.is_dir():
+            what = "is a file, not an artifact folder" if folder.exists() else "does not exist"
+            raise ArtifactError(f"{folder} {what}; pass a folder written by tvmc compile")
+        if not where.is_file():
+            raise ArtifactError(f"{where} is missing; pass a folder written by tvmc compile")
     with _damage(where):
         manifest = Manifest.from_json(where.read_text(encoding="utf-8"), str(where))
-    if manifest.tvm.split(".")[:2] != tvm.__version__.split(".")[:2]:
-        raise ArtifactError(
-            f"{where}: compiled with TVM {manifest.tvm} and this is TVM {tvm.__version__}; "
-            "compile the model again"
-        )
     for name, record in manifest.files.items():
         with _damage(folder / name):
             _verify_file(folder / name, record, verify)
@@ -161,8 +172,10 @@ def _verify_file(path: Path, record: FileRecord, verify: bool) -> None:
     remedy = "copy the artifact again or compile the model again"
     if size != record.bytes:
         raise ArtifactError(f"{path} has {size} bytes instead of {record.bytes}; {remedy}")
-    if verify and _record(path).sha256 != record.sha256:
-        raise ArtifactError(f"{path} is damaged (its SHA-256 does not match the manifest's); {remedy}")
+    if verify and (found := _record(path).sha256) != record.sha256:
+        raise ArtifactError(
+            f"{path} is damaged: its SHA-256 is {found}, and the manifest says {record.sha256}; {remedy}"
+        )
 
 
 def _record(path: Path) -> FileRecord:
@@ -175,27 +188,6 @@ def _write_library(path: Path, library: bytes | Callable[[str], object]) -> None
         path.write_bytes(library)
     else:
         library(str(path))
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders, the innermost first, up to one that holds something or is gone."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def _move_into_place(partial: Path, final: Path) -> None:
-    if not final.is_dir():
-        partial.rename(final)
-        return
-    retired = partial.with_suffix(".replaced")
-    final.rename(retired)
-    try:
-        partial.rename(final)
-    except OSError:
-        retired.rename(final)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextmanager

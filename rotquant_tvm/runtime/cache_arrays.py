@@ -11,6 +11,7 @@ from tvm.runtime import Device, Tensor
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.runtime.device import device_errors
+from rotquant_tvm.runtime.free_memory import check_room
 from rotquant_tvm.runtime.written_tokens import WrittenTokens
 from rotquant_tvm.window_ring import WindowRing
 
@@ -170,7 +171,9 @@ class CacheArrays:
 
     def copy(self) -> CacheArrays:
         """Return an independent copy on the same device; raises DeviceError if it does not fit."""
-        with device_errors("cannot copy the KV cache", "free memory on the device or use a smaller capacity"):
+        what, remedy = "cannot copy the KV cache", "free memory on the device or use a smaller capacity"
+        check_room(self.device, self.nbytes, what, remedy)
+        with device_errors(what, remedy):
             copies = [tensor.copyto(self.device) for tensor in self.tensors]
             return self._like(copies, range(self.batch))
 
@@ -185,7 +188,9 @@ class CacheArrays:
         if order.min() < 0 or order.max() >= self.batch:
             raise UsageError(f"reorder({indices!r}): the sequences are numbered 0 to {self.batch - 1}")
         rows = [int(index) for index in order]
-        with device_errors("cannot reorder the KV cache", "free memory on the device or use fewer sequences"):
+        what, remedy = "cannot reorder the KV cache", "free memory on the device or use fewer sequences"
+        check_room(self.device, self.nbytes // self.batch * len(rows), what, remedy)
+        with device_errors(what, remedy):
             return self._like([_gather(tensor, rows, self.device) for tensor in self.tensors], rows)
 
     def _like(self, tensors: Sequence[Tensor], order: Sequence[int]) -> CacheArrays:

@@ -6,10 +6,10 @@ sequence. Its metadata name the format, the library that the arrays are of, and 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from tvm.runtime import Tensor
 
 from rotquant_tvm.cache_policy import CachePolicy
-from rotquant_tvm.errors import ArtifactError, UsageError
+from rotquant_tvm.errors import ArtifactError
 from rotquant_tvm.runtime.cache_arrays import CacheArrays
+from rotquant_tvm.staging import staging_folder, write_error
 
 FORMAT, VERSION = "rotquant-tvm-cache", 1
 _COUNTS = "counts"
@@ -41,11 +42,11 @@ def library_identity(info: Mapping[str, Any], weights: Sequence[Tensor]) -> str:
 def save_cache(path: str | os.PathLike[str], cache: CacheArrays, used: CacheArrays, identity: str) -> None:
     """Write what ``cache`` holds to the file ``path``, which appears whole or not at all.
 
-    ``used``: an empty cache of the same library and batch whose capacity is the longest sequence; its shapes say which
-    part of each array is in use. Raises UsageError if the file cannot be written.
+    ``used``: an empty cache of the same library whose capacity is the longest sequence; its shapes, the batch aside,
+    say which part of each array is in use. Raises UsageError if the file cannot be written.
     """
     arrays = {
-        f"layer_{index:04d}": np.ascontiguousarray(whole.numpy()[tuple(slice(int(n)) for n in part.shape)])
+        f"layer_{index:04d}": _part(whole, part.shape)
         for index, (whole, part) in enumerate(zip(cache.layers, used.layers, strict=True))
     }
     arrays[_COUNTS] = np.stack(cache.counts())
@@ -56,14 +57,20 @@ def save_cache(path: str | os.PathLike[str], cache: CacheArrays, used: CacheArra
         "checksums": json.dumps({name: _checksum(array) for name, array in arrays.items()}),
     }
     final = Path(path).resolve()
-    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
     try:
-        safetensors.numpy.save_file(arrays, partial, metadata)
-        os.replace(partial, final)
+        if not final.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "its folder does not exist")
+        with staging_folder(final) as folder:
+            safetensors.numpy.save_file(arrays, folder / final.name, metadata)
+            os.replace(folder / final.name, final)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot write {final}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise write_error(final, error, sum(array.nbytes for array in arrays.values())) from error
+
+
+def _part(whole: Tensor, shape: Sequence[int]) -> np.ndarray:
+    """All sequences' first entries along the other axes, as many as ``shape`` says; in place where that is possible."""
+    array = np.from_dlpack(whole) if whole.device.type == "cpu" else whole.numpy()
+    return np.ascontiguousarray(array[:, *(slice(int(n)) for n in shape[1:])])
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ def _checksums(text: str, names: Sequence[str], file: Path) -> dict[str, str]:
 
 
 def _counts(counts: np.ndarray, file: Path) -> np.ndarray:
-    if counts.ndim != 2 or counts.dtype != np.int32 or not counts.shape[1] or (counts < 0).any():
+    if counts.ndim != 2 or counts.dtype != np.int32 or not counts.size or (counts < 0).any():
         raise ArtifactError(f"{file} is damaged: its counts are {counts.dtype} {counts.shape}; save it again")
     return counts
 

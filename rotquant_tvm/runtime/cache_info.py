@@ -113,7 +113,7 @@ class KVCacheInfo:
         """Parse and check the string that the library's ``kv_cache_info()`` returns; raises ArtifactError."""
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{where}: not valid JSON ({error}); compile the model again") from error
         return cls.from_document(document, where)
 

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import tvm
+from tvm.base import _LOADED_LIBS
 from tvm.runtime import Device
+from tvm_ffi.libinfo import load_lib_ctypes
 
 from rotquant_tvm.errors import DeviceError, RotQuantError, UsageError
+
+_CUDA_RUNTIME = "tvm_runtime_cuda"
 
 
 def parse_device(name: str) -> Device:
@@ -24,9 +28,23 @@ def parse_device(name: str) -> Device:
         device: Device = tvm.device(name)
     except ValueError as error:
         raise UsageError(unknown) from error
+    problem = _load_cuda_runtime() if device.type == "cuda" else ""
     if not device.exist:
-        raise DeviceError(f"device {name} is not available here; check its driver, or use another device")
+        why = f" ({problem})" if problem else ""
+        raise DeviceError(f"device {name} is not available here{why}; check its driver, or use another device")
     return device
+
+
+def _load_cuda_runtime() -> str:
+    """Load TVM's CUDA runtime, which ``TVM_USE_RUNTIME_LIB=1`` leaves out; return what went wrong, or nothing."""
+    if _CUDA_RUNTIME in _LOADED_LIBS:
+        return ""
+    try:
+        paths = tvm.libinfo.package_lib_paths()
+        _LOADED_LIBS[_CUDA_RUNTIME] = load_lib_ctypes("tvm", _CUDA_RUNTIME, "RTLD_LOCAL", extra_lib_paths=paths)
+    except (OSError, RuntimeError) as error:
+        return reason(error)
+    return ""
 
 
 @contextmanager

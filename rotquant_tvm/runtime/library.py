@@ -16,10 +16,12 @@ from tvm.runtime.vm import VirtualMachine
 
 from rotquant_tvm.errors import ArtifactError, UsageError
 from rotquant_tvm.runtime.artifact import Artifact, read_artifact
+from rotquant_tvm.runtime.cache_allocation import create_arrays
 from rotquant_tvm.runtime.cache_arrays import CacheArrays
 from rotquant_tvm.runtime.cache_file import library_identity, read_cache_file
 from rotquant_tvm.runtime.cache_info import KVCacheInfo
 from rotquant_tvm.runtime.device import device_errors, parse_device, reason
+from rotquant_tvm.runtime.loaded_modules import load_module
 from rotquant_tvm.runtime.session import DEFAULT_CHUNK, Session
 from rotquant_tvm.runtime.tokenizer import TextTokenizer
 
@@ -110,13 +112,8 @@ class CompiledLibrary:
                 f"capacity is {capacity} and the model's positions end at {self.info.max_position}; "
                 f"use capacity={self.info.max_position} or less"
             )
-        size = self.info.cache_bytes(batch, capacity)
-        what = (
-            f"no room on {self.device} for a KV cache of {size:,} bytes (batch {batch}, capacity {capacity})"
-        )
-        with device_errors(what, "use a smaller capacity or batch"):
-            tensors = self.virtual_machine()["create_kv_cache"](int(batch), int(capacity))
-            return CacheArrays(list(tensors), self.device, self.info.policy, self.info.rings)
+        tensors = create_arrays(self._allocating_machine, self.info, self.device, int(batch), int(capacity))
+        return CacheArrays(tensors, self.device, self.info.policy, self.info.rings)
 
     def check_batch(self, batch: int) -> None:
         """Raise UsageError unless the library can run ``batch`` sequences at once."""
@@ -131,8 +128,16 @@ class CompiledLibrary:
             )
 
     def virtual_machine(self) -> VirtualMachine:
-        """Return a new virtual machine over the library; one must not be used by two threads at once."""
-        return VirtualMachine(self._module, self.device)
+        """Return a new virtual machine over the library; one must not be used by two threads at once.
+
+        On CPUs its memory comes from the system and goes back there: a pool would keep a block of every size that a
+        call ever took.
+        """
+        return self._allocating_machine() if self.device.type == "cpu" else VirtualMachine(self._module, self.device)
+
+    def _allocating_machine(self) -> VirtualMachine:
+        """A virtual machine whose memory is no pool's."""
+        return VirtualMachine(self._module, self.device, memory_cfg="naive")
 
 
 def _placed(array: Any, device: Device) -> Tensor:
@@ -158,11 +163,16 @@ def load_library(
 
     ``device``: ``cpu``, ``cuda``, ``cuda:1`` …; by default the one it was compiled for. ``verify`` checks
     every file's SHA-256 first. Raises ArtifactError for a damaged, incomplete or foreign artifact, UsageError
-    for a device it was not compiled for, DeviceError for a device that is absent.
+    for a device it was not compiled for, DeviceError for a device that is absent, and for a CPU or GPU that lacks
+    what the code needs.
     """
     artifact = read_artifact(path, verify)
     manifest = artifact.manifest
     place = _device_for(artifact, device)
+    if manifest.requires is not None:
+        manifest.requires.check_cpu(str(artifact.library_path))
+        if place.type == "cuda":
+            manifest.requires.check_gpu(place, str(artifact.library_path))
     tokenizer_json = artifact.tokenizer_json()
     library = CompiledLibrary(
         _load_module(artifact),
@@ -214,7 +224,7 @@ def _target_kind(target: str | Mapping[str, Any]) -> str | None:
     if isinstance(target, str) and target.startswith("{"):
         try:
             target = json.loads(target)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if isinstance(target, Mapping):
         return str(target["kind"]) if "kind" in target else None
@@ -224,7 +234,7 @@ def _target_kind(target: str | Mapping[str, Any]) -> str | None:
 
 def _load_module(artifact: Artifact) -> Module:
     try:
-        return tvm.runtime.load_module(str(artifact.library_path))
+        return load_module(artifact.library_path)
     except Exception as error:  # the loader raises several kinds
         raise ArtifactError(
             f"{artifact.library_path} cannot be loaded on this machine ({reason(error)}); "

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import tvm
+import tvm_ffi
+
+from rotquant_tvm import __version__
 from rotquant_tvm.artifact_folder import FORMAT
 from rotquant_tvm.errors import ArtifactError
 from rotquant_tvm.runtime.cache_info import KVCacheInfo, check_version, entry, positive
+from rotquant_tvm.runtime.codec_file import CODECS_FILE
+from rotquant_tvm.runtime.requirements import Requirements
 
-VERSION = 1
+VERSION = 2
+"""Version 2 has the codecs as data, what a machine must have, the model, the versions and the tuning records."""
 LIBRARY_FILE = "model.so"
 WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-KNOWN_FILES = (LIBRARY_FILE, WEIGHTS_FILE, TOKENIZER_FILE)
+KNOWN_FILES = (LIBRARY_FILE, WEIGHTS_FILE, CODECS_FILE, TOKENIZER_FILE)
+_MUST_AGREE = ("tvm", "tvm-ffi")
+"""Packages whose first two numbers must be those that the library was compiled with."""
+
+
+def this_release() -> dict[str, str]:
+    """The versions that an artifact written here names."""
+    return {"rotquant-tvm": __version__, "tvm": str(tvm.__version__), "tvm-ffi": str(tvm_ffi.__version__)}
 
 
 @dataclass(frozen=True)
@@ -45,15 +59,21 @@ class FileRecord:
 class Manifest:
     """The content of ``manifest.json``.
 
-    ``target``: what the library was compiled for, as ``str(tvm.target.Target)`` or a mapping with ``kind``;
-    ``tvm``: the version of TVM that compiled it; ``report``: the compile report, any JSON object;
-    ``default_capacity``: tokens per sequence of a session that names none.
+    ``target``: what the library was compiled for, as ``str(tvm.target.Target)`` or a mapping with ``kind``, and
+    ``requires``: what that asks of a machine (None: not known); ``versions``: of the packages that compiled it;
+    ``model``: what was compiled (type, name, format), ``tuning_records``: the records that its kernels are from,
+    ``codecs``: which arrays of ``codecs.safetensors`` each layer uses (empty: there is no such file), and ``report``:
+    the compile report, all plain data; ``default_capacity``: tokens per sequence of a session that names none.
     """
 
     info: KVCacheInfo
     target: str | Mapping[str, Any]
-    tvm: str
     files: Mapping[str, FileRecord]
+    versions: Mapping[str, str] = field(default_factory=this_release)
+    requires: Requirements | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    tuning_records: Sequence[Mapping[str, Any]] = ()
+    codecs: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerSpec = TokenizerSpec()
     report: Mapping[str, Any] = field(default_factory=dict)
     default_capacity: int | None = None
@@ -69,10 +89,14 @@ class Manifest:
         document = {
             "format": FORMAT,
             "version": VERSION,
+            "versions": dict(self.versions),
+            "model": dict(self.model),
             "kv_cache_info": self.info.document,
             "target": self.target,
-            "tvm": self.tvm,
+            "requires": None if self.requires is None else self.requires.document(),
+            "tuning_records": [dict(record) for record in self.tuning_records],
             "files": {name: vars(record) for name, record in self.files.items()},
+            "codecs": dict(self.codecs),
             "report": self.report,
             "tokenizer": tokenizer,
             "default_capacity": self.default_capacity,
@@ -85,27 +109,59 @@ class Manifest:
         """Parse and check ``text``; ``where`` is the file's path, for messages. Raises ArtifactError."""
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{where}: not valid JSON ({error}); compile the model again") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ArtifactError(
                 f"{where}: not the manifest of a {FORMAT}; pass a folder written by tvmc compile"
             )
         check_version(document, "version", (VERSION,), where)
-        if "checksum" in document and document["checksum"] != _checksum(document):
-            raise ArtifactError(f"{where}: its content does not match its checksum; compile the model again")
-        capacity = document.get("default_capacity")
+        if "checksum" in document and document["checksum"] != (found := _checksum(document)):
+            raise ArtifactError(
+                f"{where}: its content has the checksum {found} and not {document['checksum']}, as it says itself; "
+                "copy the artifact again or compile the model again"
+            )
+        capacity, requires = document.get("default_capacity"), entry(document, "requires", dict | None, where)
+        files = _file_records(entry(document, "files", dict, where), where)
+        codecs = entry(document, "codecs", dict, where)
+        if bool(codecs) != (CODECS_FILE in files):
+            raise ArtifactError(f"{where}: 'codecs' and the list of files disagree; compile the model again")
         return cls(
             info=KVCacheInfo.from_document(
                 entry(document, "kv_cache_info", dict, where), f"{where}: kv_cache_info"
             ),
             target=entry(document, "target", str | dict, where),
-            tvm=entry(document, "tvm", str, where),
-            files=_file_records(entry(document, "files", dict, where), where),
+            files=files,
+            versions=_versions(document, where),
+            requires=None if requires is None else Requirements.from_document(requires, f"{where}: requires"),
+            model=entry(document, "model", dict, where),
+            tuning_records=_records(document, where),
+            codecs=codecs,
             tokenizer=_tokenizer(document.get("tokenizer"), where),
             report=entry(document, "report", dict, where),
             default_capacity=None if capacity is None else positive(document, "default_capacity", where),
         )
+
+
+def _versions(document: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The versions that the library was compiled with; raises ArtifactError if they are not those of this process."""
+    versions: dict[str, str] = entry(document, "versions", dict, where)
+    here = this_release()
+    for name in _MUST_AGREE:
+        version = entry(versions, name, str, f"{where}: versions")
+        if version.split(".")[:2] != here[name].split(".")[:2]:
+            raise ArtifactError(
+                f"{where}: compiled with {name} {version}, and here is {name} {here[name]}; compile the model again, "
+                f"or install {name} {'.'.join(version.split('.')[:2])}"
+            )
+    return versions
+
+
+def _records(document: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = entry(document, "tuning_records", list, where)
+    if not all(isinstance(record, dict) for record in records):
+        raise ArtifactError(f"{where}: 'tuning_records' is no list of objects; compile the model again")
+    return records
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

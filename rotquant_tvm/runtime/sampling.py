@@ -67,7 +67,7 @@ class Sampler:
     """
 
     def __init__(self, config: SamplingConfig, sequence: int = 0) -> None:
-        self.config = config
+        self.config, self.sequence = config, sequence
         entropy = None if config.seed is None else [int(config.seed), sequence]
         self._random = np.random.Generator(np.random.PCG64(entropy))
 
@@ -75,7 +75,9 @@ class Sampler:
         """Return the next token for logits float [vocab]; raises DeviceError if they hold NaN or +Inf."""
         best = int(np.argmax(logits))
         if not np.isfinite(logits[best]):  # argmax finds a NaN first, then the largest
-            raise DeviceError(f"the model's logits hold {logits[best]}; check the weights and the target")
+            raise DeviceError(
+                f"the model's logits hold {logits[best]} in sequence {self.sequence}; check the weights and the target"
+            )
         if self.config.temperature == 0:
             return best
         probabilities = softmax(logits, self.config.temperature)

@@ -16,6 +16,7 @@ from rotquant_tvm.runtime.cache_file import save_cache
 from rotquant_tvm.runtime.cache_info import KVCacheInfo
 from rotquant_tvm.runtime.decode_graph import DecodeGraph
 from rotquant_tvm.runtime.device import device_errors
+from rotquant_tvm.runtime.forks import check_fork
 from rotquant_tvm.runtime.generation import Generation, GenerationConfig, GenerationStream, TextChunk
 from rotquant_tvm.runtime.prompts import Chat, Prompt, prompt_rows
 from rotquant_tvm.runtime.sampling import SamplingConfig
@@ -79,7 +80,8 @@ class Session:
         """Append tokens to every sequence and return the logits after the last of them.
 
         ``ids``: integers [batch, s], or one list per sequence of any lengths, 0 included (a flat list if
-        batch is 1). Returns float32 [batch, vocab]; the row of a sequence without new tokens is NaN. Raises
+        batch is 1). Returns float32 [batch, vocab]; the row of a sequence without new tokens is NaN, and so is that of
+        one which the model gave a NaN for anywhere on the way (crop to the length before to go on). Raises
         UsageError for ids outside the vocabulary, a wrong number of rows or no token at all, KVCacheFull if
         the tokens do not fit, DeviceError if the device fails. After an error no new token is held; with a
         cache policy a call that failed midway may cost tokens that had just left the ring, and with layers that keep
@@ -91,12 +93,15 @@ class Session:
             raise UsageError("prefill was given no token; pass at least one")
         self.check_room(self.lengths + new_lengths)
         logits = np.full((self.batch, self.info.vocab_size), np.nan, np.float32)
+        broken = np.zeros(self.batch, bool)
         with self._unchanged_on_error():
             for chunk_ids, chunk_lengths in chunks(rows, self.chunk):
                 result = self._run("prefill", chunk_ids, chunk_lengths)
                 self._cache.advance(chunk_lengths)
                 taken = chunk_lengths > 0
                 logits[taken] = result[taken]
+                broken |= taken & np.isnan(result).any(axis=1)
+        logits[broken] = np.nan  # later chunks do not show it: what is stored of a NaN is 0
         return logits
 
     def decode(self, ids: object, active: Sequence[bool] | np.ndarray | None = None) -> np.ndarray:
@@ -114,7 +119,7 @@ class Session:
         if taking.shape != (self.batch,) or not taking.any():
             raise UsageError(f"active needs {self.batch} entries, at least one of them true")
         lengths = self.lengths
-        self.check_room((lengths + 1)[taking])
+        self.check_room(lengths + taking)
         with self._unchanged_on_error():
             # Decode appends to every sequence. A full one has no slot for a token to be taken back, and in a 16-bit
             # ring it may push others out.
@@ -177,10 +182,12 @@ class Session:
         return GenerationStream(self, rows, config, reset, single)
 
     def check_room(self, lengths: np.ndarray) -> None:
-        """Raise KVCacheFull unless sequences of these lengths, int [n], fit."""
-        needed = int(np.max(lengths))
+        """Raise KVCacheFull, which names the longest, unless sequences of these lengths, int [n], fit."""
+        longest = int(np.argmax(lengths))
+        needed = int(lengths[longest])
         if needed > self.capacity:  # which is at most the model's positions
-            raise KVCacheFull(self.capacity, needed, self.info.max_position)
+            number = longest if len(lengths) > 1 else None
+            raise KVCacheFull(self.capacity, needed, self.info.max_position, number)
 
     def reset(self, batch: int | None = None) -> None:
         """Forget all tokens; with ``batch``, go on with that number of sequences.
@@ -216,9 +223,10 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokens that the session holds to the file ``path``, for ``CompiledLibrary.restore``.
 
-        The file has the packed cache as it is, cut to the tokens held. Raises UsageError if it cannot be written.
+        The file has the packed cache as it is, cut to the tokens held. Raises UsageError if it cannot be written; the
+        file is then as it was before.
         """
-        used = self.library.create_cache(self.batch, self._cache.tokens_in_use)
+        used = self.library.create_cache(self.info.batch or 1, self._cache.tokens_in_use)
         save_cache(path, self._cache, used, self.library.identity)
 
     def reorder(self, indices: Sequence[int] | np.ndarray) -> None:
@@ -255,6 +263,7 @@ class Session:
 
     def _run(self, function: str, *inputs: np.ndarray) -> np.ndarray:
         """Call the library with int32 inputs, the cache and the weights; returns float32 [batch, vocab]."""
+        check_fork()
         device = self.library.device
         with device_errors(f"{function} failed on {device}", "no new token is held; see the sequences' lengths"):
             tensors = [tvm.runtime.tensor(array.astype(np.int32), device) for array in inputs]

@@ -6,7 +6,9 @@ import tvm
 from tvm import tirx
 from tvm.target import Target
 
+from ..ops.model_op import model_op
 from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR, kernel_for, knob_values, rule_of, with_knobs
+from .model_functions import as_model_function
 from .record_lookup import Match, TuningRecords
 from .shape_buckets import WantedSizes
 
@@ -32,10 +34,17 @@ class ApplyTuningRecords:
         result = tvm.IRModule(mod.functions, attrs=mod.attrs)
         for gvar, func in mod.functions_items():
             if isinstance(func, tirx.PrimFunc):
-                tuned = with_record(func, records, self.wanted)
-                if tuned is not func:
-                    result.update_func(gvar, tuned)
+                known = as_model_function(func, str(gvar.name_hint)) or func
+                tuned = with_record(known, records, self.wanted)
+                if tuned is not known:
+                    result.update_func(gvar, _laid_out(tuned, target))
         return result
+
+
+def _laid_out(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
+    """A definition for the rules that come later; a function of the model's own work as its rule builds it now."""
+    kernel = kernel_for(func, target) if model_op(func) is not None else None
+    return func if kernel is None else kernel
 
 
 def with_record(func: tirx.PrimFunc, records: TuningRecords, wanted: WantedSizes | None = None) -> tirx.PrimFunc:

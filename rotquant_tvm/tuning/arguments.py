@@ -29,10 +29,17 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "dequantize_segments": ("k", "v"),
     "encode_tiles": ("tiles",),
 }
-"""The operators that can be measured, and the arrays that they write."""
+"""The KV operators that can be measured, and the arrays that they write."""
+_MODEL = ("linear", "rms_norm", "loops")
+"""A model's own work: their last arrays are their results, as many as ``_outputs`` says."""
 
 _MISALIGNED = 27
 """Tokens in the cache before an append, so that it begins inside a tile."""
+
+
+def measurable(shape: KernelShape) -> bool:
+    """Whether there are arguments for an operator."""
+    return shape.operator in RESULTS or shape.operator in _MODEL
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,15 @@ class Measurement:
     @property
     def results(self) -> list[int]:
         """The numbers of the parameters that the kernel writes."""
+        if self.of_model:
+            return list(range(len(self.parameters) - _outputs(self.shape), len(self.parameters)))
         written = RESULTS[self.shape.operator]
         return [index for index, parameter in enumerate(self.parameters) if parameter.name in written]
+
+    @property
+    def of_model(self) -> bool:
+        """Whether it is of a model's own work rather than of the cache's."""
+        return self.shape.operator in _MODEL
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +83,8 @@ class Measurement:
 
     def moved_bytes(self) -> int:
         """Bytes that the kernel must read and write at least."""
+        if self.of_model:
+            return self._model_bytes()
         sizes = {parameter.name: parameter.nbytes for parameter in self.parameters}
         counts, operator = self._counts(), self.shape.operator
         if operator == "attention_prefill":
@@ -84,8 +100,34 @@ class Measurement:
             return sizes["k"] + sizes["v"] + 2 * elements
         return sum(sizes.values())
 
+    def _model_bytes(self) -> int:
+        """All arrays; of one that is looked up in, as much as comes out."""
+        written = sum(self.parameters[index].nbytes for index in self.results)
+        gathered = self.shape.properties.get("gathered", ())
+        sizes = [
+            min(parameter.nbytes, written) if index in gathered else parameter.nbytes
+            for index, parameter in enumerate(self.parameters)
+        ]
+        return sum(sizes)
+
+    def flops(self) -> int:
+        """Multiplications and additions of the products that are most of its work; 0 where bytes are."""
+        found = self.shape.properties
+        if self.shape.operator == "linear":
+            rows = math.prod(self.parameters[0].shape[:-1])
+            return 2 * rows * int(found["in_features"]) * int(sum(found["out_features"]))
+        if self.shape.operator == "attention_prefill":
+            counts = self._counts()
+            new = counts["new_lengths"]
+            seen = new * self._past(counts) + new * (new + 1) // 2
+            return 4 * self._shape("q")[0] * int(found["heads"]) * int(found["head_dim"]) * seen
+        return 0
+
     def arrays(self, device: Any) -> list[Any]:
         """The arrays on a ``BenchmarkDevice``; results are zeros, or a cache's random content where it is updated."""
+        if self.of_model:
+            results = self.results
+            return [_plain(device, p, index in results) for index, p in enumerate(self.parameters)]
         counts = self._counts()
         makers = {parameter.name: self._maker(parameter, counts) for parameter in self.parameters}
         return [makers[parameter.name](device) for parameter in self.parameters]
@@ -103,7 +145,9 @@ class Measurement:
         if name == "gain":
             return lambda device: device.argument(device.uniform(0.5, 1.5, shape, dtype))
         if name.startswith(("rotation", "inverse", "coefficients", "sketch_")):
-            return lambda device: device.argument(device.uniform(-0.8, 0.8, shape, dtype))
+            # About as long as before: of a dense rotation's rows, or of its layers' blocks.
+            most = math.sqrt(3 / shape[-1]) if len(shape) == 2 else 0.8
+            return lambda device: device.argument(device.uniform(-most, most, shape, dtype))
         if dtype in ("uint8", "uint16"):  # codes
             top = 2 ** min(8, int(KVFormat.parse(str(self.shape.properties.get("format", "hurwitz1"))).bits))
             return lambda device: device.argument(
@@ -161,6 +205,20 @@ class Measurement:
             moved = min(capacity, max(policy.block, packed(plain + new)))
             return {"before": 0, "packed": moved, "lengths": moved + plain, "new_lengths": new}
         return {"packed": capacity, "lengths": capacity + plain if policy.segmented else capacity}
+
+
+def _outputs(shape: KernelShape) -> int:
+    """How many results one of the model's operators has."""
+    if shape.operator == "linear":
+        return 1 if shape.properties.get("gated") else len(shape.properties["out_features"])
+    return int(shape.properties.get("results", 1))
+
+
+def _plain(device: Any, parameter: Parameter, result: bool) -> Any:
+    """Normal numbers; zeros for integers, which may be places in another array, and for results."""
+    if result or not parameter.dtype.startswith(("float", "bfloat")):
+        return device.empty(parameter.shape, parameter.dtype)
+    return device.argument(device.normal(parameter.shape, parameter.dtype))
 
 
 _FLOATS = {"half": "float16", "bfloat16": "bfloat16"}

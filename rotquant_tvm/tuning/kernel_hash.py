@@ -18,12 +18,15 @@ from ..formats import VERSION as LAYOUT_VERSION
 
 DIGITS = 16
 SCHEDULES = "rotquant_tvm.schedules"
+_REGISTRIES = ("knobs", "model_kernels", "gpu_kv_kernels", "vector_kv_kernels")
+"""Modules that know all rules and lay out nothing: through them every rule would count for every other."""
 
 
 def kernel_hash(rule: Callable[..., Any]) -> str:
     """Hash what lays out a rule's kernels: its module, the schedules that this one imports, and the tile's layout.
 
-    Comments, docstrings, blank lines and the values in ``KNOBS`` do not count, nor do modules outside ``schedules``.
+    Comments, docstrings, blank lines and the values in ``KNOBS`` do not count, nor do modules outside ``schedules``
+    and the lists of rules.
     """
     return _module_hash(rule.__module__)
 
@@ -55,7 +58,9 @@ def _imports(name: str) -> list[str]:
             base = ("." * node.level) + (node.module or "")
             absolute = importlib.util.resolve_name(base, name.rpartition(".")[0]) if node.level else base
             names += [absolute, *(f"{absolute}.{alias.name}" for alias in node.names)]
-    return [module for module in names if module.startswith(f"{package}.") and _is_module(module)]
+    registries = {f"{package}.{registry}" for registry in _REGISTRIES}
+    own = [module for module in names if module.startswith(f"{package}.") and _is_module(module)]
+    return [module for module in own if module not in registries]
 
 
 def _is_module(name: str) -> bool:

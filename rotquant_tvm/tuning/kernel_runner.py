@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from tvm.s_tir import meta_schedule as ms
 
 from ..errors import DeviceError
 from .kernel_timer import Timing
-from .measuring import copy_bandwidth, measure_candidate
+from .measuring import device_roofline, measure_candidate
 from .remote_measuring import RemoteDevice, measure_remotely
+from .roofline import Roofline
 from .worker_process import WorkerProcess
 
 _OPENING_SECONDS = 300.0
@@ -34,17 +35,18 @@ class MeasuringProcess:
     timing: Timing
     timeout: float
     remote: RemoteDevice | None = None
-    bandwidth: float | None = None
+    roofline: Roofline = field(default_factory=Roofline)
 
     def __post_init__(self) -> None:
         self._worker = WorkerProcess()
         self._open = False
 
     def open(self) -> None:
-        """Start the process and measure the bandwidth of copies. Raises DeviceError."""
+        """Start the process, and measure what the device could do unless that is known. Raises DeviceError."""
         if self.remote is None and not self._open:
-            bandwidth = self._worker.call(_OPENING_SECONDS, copy_bandwidth, self.target, str(self.folder))
-            self.bandwidth = self.bandwidth or bandwidth
+            known = self.roofline.bandwidth is not None
+            found = self._worker.call(_OPENING_SECONDS, device_roofline, self.target, str(self.folder), known)
+            self.roofline = self.roofline if known else found
         self._open = True
 
     def measure(self, library: str, args_info: list[list[Any]]) -> list[float]:

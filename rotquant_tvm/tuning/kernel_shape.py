@@ -18,6 +18,7 @@ from tvm import tirx
 from ..cache_policy import CachePolicy
 from ..errors import RotQuantError
 from ..formats import KVFormat, rotation_structure
+from ..ops.model_op import MODEL_OP_ATTR, model_op
 from ..ops.site_shape import OP_ATTR
 from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR
 
@@ -25,11 +26,11 @@ PREFIX = "rotquant."
 KERNEL_ATTR = "rotquant.kernel"
 """Attribute of a workload: the rule and its hash, so that records of another kernel are not taken for its own."""
 
-_NO_PROPERTY = (OP_ATTR, KNOBS_ATTR, RECORD_ATTR, KERNEL_ATTR)
+_NO_PROPERTY = (OP_ATTR, MODEL_OP_ATTR, KNOBS_ATTR, RECORD_ATTR, KERNEL_ATTR)
 _DECODERS = ("attention_decode", "attention_prefill", "dequantize_cache", "dequantize_segments")
 """Operators that read codes and know nothing of the rotation and gain rule that made them."""
-_WITHOUT_EFFECT = ("scale", "splits", "after")
-"""Numbers that change no instruction, that are knobs themselves, or that only order calls."""
+_WITHOUT_EFFECT = ("scale", "splits", "after", "name")
+"""Numbers that change no instruction, that are knobs themselves, or that only order calls; names."""
 _FORMATS = ("k", "v", "format")
 _EXTRAS = ("window", "rotated", "softcap")
 """What a kernel does or does not do beside its work."""
@@ -50,16 +51,17 @@ class KernelShape:
 
     @classmethod
     def of(cls, func: tirx.PrimFunc) -> KernelShape | None:
-        """Read what a definition carries; None if it is no operator of this project."""
+        """Read what a definition carries; None if it is neither an operator of this project nor one of a model's."""
         attrs = dict(func.attrs.items()) if func.attrs is not None else {}
-        if OP_ATTR not in attrs:
+        operator = attrs.get(OP_ATTR, model_op(func))
+        if operator is None:
             return None
         properties: dict[str, Any] = {}
         for name in sorted(attrs):
             if name.startswith(PREFIX) and name not in _NO_PROPERTY:
                 value = _plain(attrs[name])
                 properties |= value if isinstance(value, dict) else {name.removeprefix(PREFIX): value}
-        return cls(str(attrs[OP_ATTR]), properties)
+        return cls(str(operator), properties)
 
     @property
     def formats(self) -> str:
@@ -79,7 +81,7 @@ class KernelShape:
         heads = "/".join(str(found[key]) for key in _SCALED if key in found)
         dim = str(found.get("head_dim", ""))
         size = "x".join(filter(None, (heads, dim)))
-        words = [self.formats, size, str(found.get("dtype", "")), str(found.get("policy", ""))]
+        words = [self.formats, size, str(found.get("dtype", "")), str(found.get("policy", "")), *_model_words(found)]
         words.append(",".join(f"{block}x{stride}" for block, stride in found.get("structure", ())))
         words += [name if found[name] is True else f"{name}={found[name]}" for name in _EXTRAS if found.get(name)]
         return " ".join(filter(None, words))
@@ -127,6 +129,19 @@ class KernelShape:
         if len(found) == len(_SCALED):
             found = {"group": found["heads"] / found["kv_heads"], "kv_heads": found["kv_heads"]}
         return found
+
+
+def _model_words(found: Mapping[str, Any]) -> list[str]:
+    """What tells one of a model's own kernels from another: features of a linear layer or a norm, a function's name."""
+    words = []
+    if "in_features" in found:
+        outputs = "+".join(map(str, found.get("out_features", ())))
+        words.append(f"{found['in_features']}→{outputs}")
+        words += [name for name in ("gated", "residual") if found.get(name)]
+        words += ["bias"] if any(found.get("bias", ())) else []
+        words.append(str(found.get("weight_dtype", "")))
+    words += [str(found[name]) for name in ("features", "name") if name in found]
+    return words + ([str(found["loops"])[:6]] if "loops" in found else [])
 
 
 def _plain(value: Any) -> Any:

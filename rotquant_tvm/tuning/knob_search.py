@@ -18,7 +18,9 @@ from tvm.s_tir import meta_schedule as ms
 
 from ..schedules.knobs import Knobs, kernel_for, with_knobs
 from .knob_space import schedule_with
-from .trials import trials_of, typical_seconds
+from .trace_document import typical_seconds
+from .trial_files import TrialFiles
+from .trials import trials_of
 from .tuning_task import TuningTask, without_choice
 
 _RANDOM_SHARE = 0.6
@@ -42,6 +44,7 @@ class KnobSearch:
     _pending: int = 0
     _since_best: int = 0
     _order: list[Knobs] | None = None
+    _ended: bool = False
 
     def tell(self, knobs: Knobs, seconds: float) -> None:
         """Take in a measurement, ``math.inf`` for a failure."""
@@ -53,6 +56,7 @@ class KnobSearch:
     def ask(self, count: int) -> list[Knobs]:
         """Return what to try next, at most ``count`` choices; none when the task is done."""
         resumed = bool(self.seconds) and not self._kernels
+        self._ended = True  # unless there is more
         left = self.trials - len(self.seconds) - self._pending
         if left <= 0 or (self.early_stopping and self._since_best >= self.early_stopping):
             return []
@@ -63,12 +67,28 @@ class KnobSearch:
         if resumed and chosen and chosen[0]:
             chosen.insert(0, {})  # measured again: what the others' results are compared with is not kept
         self._pending += len(chosen)
+        self._ended = not chosen
         return chosen
 
-    def recall(self, database: Any) -> None:
-        """Take in what a database of trials has of the task."""
-        for trial in reversed(trials_of(self.task, database)):  # of equal choices the fastest counts
+    def stop(self) -> None:
+        """Ask for nothing more."""
+        self.trials = 0
+
+    def left(self) -> int:
+        """How many candidates may still come, at most."""
+        space = 1 + math.prod(len(values) for values in self.task.knobs.values())
+        return 0 if self._ended else max(0, min(self.trials, space) - len(self.seconds))
+
+    def recall(self, files: TrialFiles) -> None:
+        """Take in what the files of trials have of the task."""
+        for trial in reversed(trials_of(self.task, files)):  # of equal choices the fastest counts
+            if trial.knobs and not self._in_space(trial.knobs):  # the rule's knobs had other values then
+                continue
             self.seconds[_key(trial.knobs)] = trial.seconds
+
+    def _in_space(self, knobs: Knobs) -> bool:
+        space = self.task.knobs
+        return knobs.keys() == space.keys() and all(value in space[name] for name, value in knobs.items())
 
     def unfinished(self) -> bool:
         """Whether there is anything to try."""
@@ -147,6 +167,7 @@ class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
     ) -> None:
         """Begin: keep the space."""
         self.space = design_spaces[0].trace
+
     def post_tuning(self) -> None:
         """End."""
 

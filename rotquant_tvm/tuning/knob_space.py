@@ -69,8 +69,12 @@ def replayed_knobs(trace: s_tir.schedule.Trace, definition: tirx.PrimFunc) -> Kn
 
 
 def chosen_definition(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """A scheduled function as a definition that has chosen the knobs written on it."""
-    return with_knobs(func, knobs_in(func))
+    """A scheduled function as a definition that has chosen the knobs written on it, and has them in its attribute."""
+    knobs = knobs_in(func)
+    sch = s_tir.Schedule(IRModule({"main": func.with_attr("global_symbol", "main")}))
+    for name in knobs:
+        sch.unannotate(sch.get_sblock("root"), ANNOTATION + name)
+    return with_knobs(sch.mod["main"], knobs)
 
 
 def _root(func: tirx.PrimFunc) -> Any:

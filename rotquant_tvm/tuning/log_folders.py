@@ -10,6 +10,9 @@ from ..errors import UsageError
 
 FORMAT, VERSION = "rotquant-tvm-tuning-log", 1
 MANIFEST_FILE = "manifest.json"
+PENDING_FILE = ".pending.json"
+"""The three files of a log that is being written; what they say counts while it is there."""
+_MOST_BYTES = 64 << 20
 WORKLOAD_FILE, RECORD_FILE = "database_workload.json", "database_tuning_record.json"
 
 
@@ -28,9 +31,13 @@ def packaged_logs() -> Path:
 
 def is_log(folder: Path) -> bool:
     """Whether a folder has the manifest of a tuning log, damaged or not."""
+    path = folder / MANIFEST_FILE
     try:
-        return FORMAT in (folder / MANIFEST_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        if not path.is_file():  # a pipe would wait for a writer
+            return False
+        with path.open("rb") as file:
+            return FORMAT.encode() in file.read(_MOST_BYTES)
+    except OSError:
         return False
 
 
@@ -53,6 +60,6 @@ def log_roots(given: Path | None = None) -> list[Path]:
 
 def user_log_files() -> list[Path]:
     """The files of the user's logs, which decide what a compile gives."""
-    names = (MANIFEST_FILE, WORKLOAD_FILE, RECORD_FILE)
+    names = (MANIFEST_FILE, WORKLOAD_FILE, RECORD_FILE, PENDING_FILE)
     candidates = (folder / name for folder in log_folders(user_logs()) for name in names)
     return [file for file in candidates if file.is_file()]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tvm
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from ..errors import DeviceError
 from .arguments import Measurement, Parameter
 from .kernel_builder import Candidate
 from .kernel_timer import Timing, time_calls
+from .roofline import Roofline, measured_roofline
 from .tuning_task import MAIN
 
 _LARGEST_ERROR = 2e-2
@@ -89,9 +91,10 @@ def bench_for(target: tvm.target.Target, folder: str) -> Bench:
     return _BENCHES[key]
 
 
-def copy_bandwidth(target: tvm.target.Target, folder: str) -> float:
-    """Bytes per second that a copy on the device reads and writes."""
-    return float(bench_for(target, folder).device.bandwidth().copy)
+def device_roofline(target: tvm.target.Target, folder: str, known: bool = False) -> Roofline:
+    """Open the device, and measure what it could do unless that is ``known``."""
+    device = bench_for(target, folder).device
+    return Roofline() if known else measured_roofline(device)
 
 
 def measure_candidate(
@@ -117,6 +120,8 @@ def _part(parameter: Parameter) -> tuple[slice, ...]:
 
 
 def _agree(result: NDArray[Any], wanted: NDArray[Any], before: NDArray[Any]) -> bool:
+    if wanted.dtype == ml_dtypes.bfloat16:
+        result, wanted = result.astype(np.float32), wanted.astype(np.float32)
     if wanted.dtype.kind == "f":
         known = np.isfinite(wanted)
         if not np.array_equal(known, np.isfinite(result)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,14 +12,15 @@ from tvm import tirx
 from tvm.target import Target
 
 from ..errors import UsageError
-from ..schedules.knobs import Knobs, knob_values, rule_of
+from ..schedules.knobs import Knobs, knob_values, knobs_at, rule_of
 from .device_identity import arch_of, cpu_levels, device_slug, same_arch, slug_of
 from .kernel_hash import kernel_hash
 from .kernel_shape import KernelShape
-from .knob_space import replayed_knobs
+from .log_document import MalformedLogError
 from .log_folders import MANIFEST_FILE, is_log, log_folders, log_roots
 from .log_store import LogEntry, TuningLog, read_log
 from .shape_buckets import Bucket, WantedSizes, bucket_distance, bucket_label
+from .trace_document import traced_knobs
 
 FAR = 8.0
 """Doublings (of heads) beyond which a record says nothing about a kernel."""
@@ -31,6 +32,7 @@ class Match:
 
     knobs  to build the kernel with; none if the record says that the rule's own are best. exact  it was made for this
     very kernel, the bucket apart. stale  the kernel's code has changed since. source  where it comes from, in words.
+    beside  records of other sizes, for knobs that do not matter at this one's; ``knobs`` has theirs too.
     """
 
     entry: LogEntry
@@ -38,10 +40,14 @@ class Match:
     knobs: Knobs
     exact: bool
     stale: bool
+    beside: tuple[Match, ...] = ()
 
     @property
     def source(self) -> str:
         """Folder, what was tuned at which sizes, and what was chosen."""
+        if self.beside:
+            one = replace(self, beside=(), knobs=self.entry.record.knobs)
+            return "; ".join(match.source for match in (one, *self.beside))
         record = self.entry.record
         chosen = ", ".join(f"{name}={value}" for name, value in self.knobs.items()) or "the rule's own knobs"
         notes = [*([] if self.exact else [f"tuned for {record.shape.label}"]), *(["stale"] if self.stale else [])]
@@ -78,19 +84,45 @@ class TuningRecords:
         shape, rule = KernelShape.of(func), rule_of(func, self.target)
         if shape is None or rule is None or not knob_values(rule):
             return None
-        found = self._nearest(shape, rule.__name__, (wanted or WantedSizes()).sizes())
-        if found is None:
+        sizes, decides = (wanted or WantedSizes()).sizes(), knobs_at(rule)
+        match = self._match(self._nearest(shape, rule.__name__, sizes), func)
+        if match is None or decides is None:
+            return match
+        first = decides(match.entry.record.bucket)
+        records = [entry.record for log in self.logs for entry in log.entries]
+        others = {decides(record.bucket) for record in records if record.rule == rule.__name__} - {first}
+        beside = [self._match(self._nearest(shape, rule.__name__, sizes, decides, names), func) for names in others]
+        exact = tuple(other for other in beside if other is not None and other.exact and match.exact)
+        knobs = {name: value for each in (*exact, match) for name, value in each.knobs.items()}
+        return replace(match, knobs=knobs, beside=exact, stale=any(each.stale for each in (match, *exact)))
+
+    def _match(self, found: tuple[float, TuningLog, LogEntry] | None, func: tirx.PrimFunc) -> Match | None:
+        """What was found, for a definition."""
+        rule = rule_of(func, self.target)
+        if found is None or rule is None:
             return None
         far, log, entry = found
         stale = entry.record.kernel_hash != kernel_hash(rule)
-        knobs = self._knobs(log, entry, func)
+        knobs = self._knobs(log, entry)
         return None if knobs is None else Match(entry, log, knobs, far == 0, stale)
 
-    def _nearest(self, shape: KernelShape, rule: str, sizes: Bucket) -> tuple[float, TuningLog, LogEntry] | None:
-        """The record of a rule that is nearest to a kernel and sizes, and how far its kernel is."""
+    def _nearest(
+        self,
+        shape: KernelShape,
+        rule: str,
+        sizes: Bucket,
+        decides: Callable[[Bucket], tuple[str, ...]] | None = None,
+        names: tuple[str, ...] = (),
+    ) -> tuple[float, TuningLog, LogEntry] | None:
+        """The record of a rule that is nearest to a kernel and sizes, and how far its kernel is.
+
+        With ``decides``, of the records at whose sizes the knobs ``names`` matter.
+        """
         found: list[tuple[tuple[float, ...], int, TuningLog, LogEntry]] = []
         for rank, log in self._ranked():
             for entry in log.entries:
+                if decides is not None and decides(dict(entry.record.bucket)) != names:
+                    continue
                 far = shape.distance(entry.record.shape)
                 if far is not None and far <= FAR and entry.record.rule == rule:
                     near = (far > 0, 0 if far else rank, far, bucket_distance(entry.record.bucket, sizes))
@@ -100,16 +132,12 @@ class TuningRecords:
         nearest, _, log, entry = min(found, key=lambda item: item[:2])
         return nearest[2], log, entry
 
-    def _knobs(self, log: TuningLog, entry: LogEntry, func: tirx.PrimFunc) -> Knobs | None:
-        """The knobs that the record's trace chooses for ``func``."""
-        from tvm.s_tir.meta_schedule.database import TuningRecord, Workload
-
+    def _knobs(self, log: TuningLog, entry: LogEntry) -> Knobs | None:
+        """The knobs that the record's trace chooses."""
         try:
-            record = TuningRecord.from_json(entry.tuning_record, Workload.from_json(entry.workload))
-            return replayed_knobs(record.trace, func)
-        except Exception as error:  # whatever TVM makes of a damaged line
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            self.warnings.append(f"a record of {entry.record.operator} in {log.path} cannot be read: {lines[-1]}")
+            return traced_knobs(entry.tuning_record)
+        except MalformedLogError as error:
+            self.warnings.append(f"a record of {entry.record.operator} in {log.path} cannot be read: {error}")
             return None
 
     def _ranked(self) -> list[tuple[int, TuningLog]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ from .kernel_builder import KernelBuilder
 from .kernel_runner import KernelRunner, MeasuringProcess
 from .knob_search import KnobSearch, KnobStrategy
 from .knob_space import knob_space
+from .progress import Progress, step_of
 from .tensor_intrinsics import load_tensor_intrinsics
-from .trials import FAILED_SECONDS, typical_seconds
-
-Progress = Callable[[str, int], None]
-"""Told what was measured (a task's name) and how many candidates."""
+from .trace_document import FAILED_SECONDS, typical_seconds
+from .trial_files import TrialFiles
 
 _FIRST_SHARE = 0.7
 """Of a task's trials at most are compiled at a time, so that the rest can follow the best of them."""
@@ -32,46 +32,63 @@ class SearchRun:
     def __init__(
         self,
         searches: Sequence[KnobSearch],
-        database: Any,
+        files: TrialFiles,
         process: MeasuringProcess,
         scratch: Path,
         *,
         parallel: int,
         timeout: float,
         progress: Progress,
+        budget: float | None = None,
     ) -> None:
-        """Use ``parallel`` compiling processes with ``timeout`` seconds for a kernel, and ``scratch`` for libraries."""
-        self.searches, self.database, self.process, self.scratch = searches, database, process, scratch
-        self.parallel, self.timeout, self.progress = parallel, timeout, progress
+        """Use ``parallel`` compiling processes with ``timeout`` seconds for a kernel, and ``scratch`` for libraries.
+
+        ``budget``: end after so many seconds, whatever is under way.
+        """
+        self.searches, self.files, self.process, self.scratch = searches, files, process, scratch
+        self.parallel, self.timeout, self.progress, self.budget = parallel, timeout, progress, budget
         self.failures: list[str] = []
-        self.measured = 0
-        self.stopped = False
+        self.done = self.measured = 0
+        self.stopped = self.out_of_time = False
+        self.error: Exception | None = None
 
     def run(self, most: int | None, seed: int) -> None:
-        """Go on until every search is done, or ``most`` candidates have been measured.
+        """Go on until every search is done, ``most`` candidates have been measured or the time is up.
 
         The scheduler runs in a thread: an interrupt would come out of its code as an error of another kind. On an
-        interrupt what is under way is abandoned. Raises DeviceError if the device cannot be opened.
+        interrupt what is under way is abandoned, and so it is when the time is up. Raises DeviceError if the device
+        cannot be opened, and ``UsageError`` if a trial cannot be written.
         """
+        self.since = time.monotonic()
         builder = KernelBuilder(self.scratch, self.parallel, self.timeout, self.process.remote is not None)
         runner = KernelRunner(self.process)
         try:
             self.process.open()
+            self.ready = time.monotonic()
             with ThreadPoolExecutor(1) as thread:
                 scheduling = thread.submit(self._schedule, builder, runner, most, seed)
                 try:
-                    scheduling.result()
+                    scheduling.result(self._time_left())
+                except TimeoutError:
+                    self.out_of_time = True
+                    self._stop(builder)
                 except BaseException:
                     self._stop(builder)
-                    raise
+                    if self.error is None:
+                        raise
         finally:
             builder.close()
             runner.close()
+        if self.error is not None:
+            raise self.error
+
+    def _time_left(self) -> float | None:
+        return None if self.budget is None else max(0.0, self.budget - (time.monotonic() - self.since))
 
     def _stop(self, builder: KernelBuilder) -> None:
         self.stopped = True
         for search in self.searches:
-            search.trials = 0
+            search.stop()
         builder.close()
         self.process.close()
 
@@ -89,7 +106,7 @@ class SearchRun:
             num_trials_per_iter=batch,
             builder=builder,
             runner=runner,
-            database=self.database,
+            database=ms.database.MemoryDatabase(),
             cost_model=ms.cost_model.RandomModel(),
             measure_callbacks=[_Store(self)],
             task_scheduler="round-robin",
@@ -108,22 +125,33 @@ class SearchRun:
         )
 
     def store(self, search: KnobSearch, candidates: Any, builds: Any, runs: Any) -> None:
-        """Take in a batch, unless the run was stopped while it was under way."""
+        """Take in a batch, unless the run was stopped while it was under way.
+
+        An error is kept for ``run``: the scheduler would make another one of it.
+        """
         if self.stopped:
             return
-        workload = self.database.commit_workload(search.task.workload)
-        for candidate, built, run in zip(candidates, builds, runs, strict=True):
-            message = built.error_msg or run.error_msg
-            seconds = [FAILED_SECONDS] if message else [float(value) for value in run.run_secs]
-            self.database.commit_tuning_record(
-                ms.database.TuningRecord(
-                    candidate.sch.trace, workload, seconds, search.task.target, candidate.args_info
-                )
-            )
-            if message:
-                self.failures.append(f"{search.task.name}: {message}")
-            self.measured += typical_seconds(seconds) < math.inf
-        self.progress(search.task.name, len(candidates))
+        try:
+            for candidate, built, run in zip(candidates, builds, runs, strict=True):
+                self._store(search, candidate, built.error_msg or run.error_msg, run.run_secs)
+        except Exception as error:
+            self.error, self.stopped = error, True
+            for each in self.searches:
+                each.stop()
+            return
+        passed = time.monotonic() - self.ready
+        self.progress(step_of(search, self.searches, self.process.roofline, self.done, passed, self._time_left()))
+
+    def _store(self, search: KnobSearch, candidate: Any, message: str | None, run_secs: Any) -> None:
+        seconds = [FAILED_SECONDS] if message else [float(value) for value in run_secs]
+        task = search.task
+        workload = ms.database.Workload(task.workload)
+        record = ms.database.TuningRecord(candidate.sch.trace, workload, seconds, task.target, candidate.args_info)
+        self.files.add(task.workload_document, record.as_json())
+        if message:
+            self.failures.append(f"{task.name}: {message}")
+        self.done += 1
+        self.measured += typical_seconds(seconds) < math.inf
 
 
 @derived_object

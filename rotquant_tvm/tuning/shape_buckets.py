@@ -29,6 +29,11 @@ _SEQUENCES = {
 """Sequences x tokens that they have: contexts of decode attention, prompts of prefill attention."""
 _NEW_TOKENS = {"cuda": ("1x1", "1x4K"), "llvm": ("1x1", "1x512")}
 """Sequences x new tokens, where operators append or rotate them."""
+_MODEL = ("linear", "rms_norm", "loops")
+_ROWS = {"cuda": ("1x1", "1x4K"), "llvm": ("1x1", "1x512")}
+"""Sequences x tokens of what else a model does: a decode step and a prompt."""
+_VOCABULARY = 16
+"""Times as many outputs as inputs, from which on a layer is taken for a model's last one."""
 _VECTORS = {"cuda": (8192, 1 << 20), "llvm": (8192,)}
 """Vectors of operators on plain ones."""
 
@@ -43,7 +48,8 @@ class WantedSizes:
     def sizes(self) -> Bucket:
         """As far as they are known. An open batch counts as 1, and appends as those of a decode step."""
         tokens = {} if self.tokens is None else {"tiles": max(1, -(-self.tokens // TOKENS))}
-        return {"batch": self.batch or 1, "seq": 1, "n0": self.batch or 1, "n1": 1} | tokens
+        batch = self.batch or 1
+        return {"batch": batch, "seq": 1, "n0": batch, "n1": 1, "d0": batch, "d1": 1} | tokens
 
 
 def size_names(func: tirx.PrimFunc) -> tuple[str, ...]:
@@ -75,6 +81,8 @@ def default_buckets(
     operator = shape.operator
     policy = CachePolicy.parse(str(shape.properties.get("policy", "")))
     known = {"batch", "seq", "tiles", "blocks"}
+    if operator in _MODEL:
+        return _model_buckets(shape, names, kind, sequences)
     if (operator, kind) in _SEQUENCES and set(names) <= known:
         chosen = sequences or _parsed(_SEQUENCES[operator, kind])
         return [_select(names, _sequence(entry, entry.tokens, entry.tokens, policy)) for entry in chosen]
@@ -91,10 +99,40 @@ def default_buckets(
     return []
 
 
+def _model_buckets(
+    shape: KernelShape, names: Sequence[str], kind: str, sequences: Sequence[BatchShape]
+) -> list[Bucket]:
+    """One decode step and one prompt.
+
+    Loops have one size, since those of decode and of prefill are two functions; so has an output layer, which works on
+    the last token alone.
+    """
+    sizes = {"batch": ("d0", "batch"), "seq": ("d1", "seq")}
+    if not set(names) <= {name for pair in sizes.values() for name in pair}:
+        return []
+    step, prompt = _parsed(_ROWS[kind])
+    shapes = [entry for given in sequences for entry in (BatchShape(given.batch, 1), given)] or [step, prompt]
+    if shape.operator == "loops":
+        shapes = shapes[-1:]
+    elif _is_output_layer(shape):
+        shapes = [entry for entry in shapes if entry.tokens == 1]
+    found = [
+        {name: entry.batch if name in sizes["batch"] else entry.tokens for name in names} for entry in shapes
+    ]
+    return [bucket for index, bucket in enumerate(found) if bucket not in found[:index]]
+
+
+def _is_output_layer(shape: KernelShape) -> bool:
+    outputs = shape.properties.get("out_features", ())
+    return len(outputs) == 1 and outputs[0] > _VOCABULARY * shape.properties["in_features"]
+
+
 def bucket_label(bucket: Mapping[str, int]) -> str:
     """Spell a bucket in short: ``8x32K`` for sequences and stored tokens, ``+4K`` for new ones."""
     rest = dict(bucket)
     words = []
+    if "d0" in rest:
+        return "x".join(count(size) for size in rest.values())
     if "batch" in rest:
         tokens = TOKENS * rest.pop("tiles") if "tiles" in rest else None
         words.append(f"{rest.pop('batch')}" + (f"x{count(tokens)}" if tokens is not None else ""))

@@ -12,16 +12,39 @@ from tvm.target import Target
 from ..errors import UsageError
 from ..kv_cache_config import KVCacheConfig
 from ..ops.site_shape import OP_ATTR
+from .model_functions import model_functions
 from .tuning_task import TuningTask
 
 
+def model_definitions(mod: tvm.IRModule, config: KVCacheConfig, target: Target) -> list[tirx.PrimFunc]:
+    """All that can be tuned in the compile of a decoder's canonical module: the KV operators and the model's own work.
+
+    Raises what ``compile`` raises.
+    """
+    from ..pass_hooks import PassHooks
+    from ..pipeline import kv_passes, operator_passes, pass_context, run_passes
+    from .apply_records import ApplyTuningRecords
+
+    steps = operator_passes(target)
+    before = next(index for index, step in enumerate(steps) if isinstance(step, ApplyTuningRecords))
+    with pass_context(PassHooks()):
+        mod = run_passes(mod, kv_passes(config, target), target)
+        fused = run_passes(mod, steps[:before], target)
+    return [*_operators(mod), *model_functions(fused)]
+
+
 def pass_definitions(mod: tvm.IRModule, config: KVCacheConfig, target: Target) -> list[tirx.PrimFunc]:
-    """The operators in the compile of a decoder's canonical module. Raises what ``compile`` raises."""
+    """The KV operators in the compile of a decoder's canonical module. Raises what ``compile`` raises."""
     from ..pass_hooks import PassHooks
     from ..pipeline import kv_passes, pass_context, run_passes
 
     with pass_context(PassHooks()):
         mod = run_passes(mod, kv_passes(config, target), target)
+    return _operators(mod)
+
+
+def _operators(mod: tvm.IRModule) -> list[tirx.PrimFunc]:
+    """The KV operators of a module, by name."""
     functions = [mod[gvar] for gvar in sorted(mod.get_global_vars(), key=lambda gvar: str(gvar.name_hint))]
     return [func for func in functions if isinstance(func, tirx.PrimFunc) and func.attrs and OP_ATTR in func.attrs]
 

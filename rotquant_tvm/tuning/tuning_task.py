@@ -6,20 +6,26 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from tvm import IRModule, tirx
 from tvm.runtime import DataType
 from tvm.s_tir.meta_schedule.arg_info import TensorInfo
+from tvm.s_tir.meta_schedule.database import Workload
 from tvm.target import Target
 
 from ..benchmark.settings import BatchShape
 from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR, kernel_for, knob_values, rule_of
-from .arguments import RESULTS, Measurement, Parameter
+from ..schedules.model_kernels import LOOPS
+from .arguments import Measurement, Parameter, measurable
 from .kernel_hash import kernel_hash
 from .kernel_shape import KERNEL_ATTR, KernelShape
+from .model_functions import definition_of
 from .shape_buckets import Bucket, bucket_label, default_buckets, shapes_in, size_names
 
 MAIN = "main"
+_LEAST_BYTES = 32 << 10
+"""That loops must move to be worth a task: below that a launch costs more than the work."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,25 @@ class TuningTask:
 
     @cached_property
     def knobs(self) -> dict[str, tuple[int, ...]]:
-        """The values that each knob may have."""
+        """The values that each knob may have that matters at the bucket."""
         rule = rule_of(self.definition, self.target)
-        return knob_values(rule) if rule is not None else {}
+        return knob_values(rule, self.bucket) if rule is not None else {}
 
     @cached_property
     def workload(self) -> IRModule:
         """The module that MetaSchedule knows the task by; buckets of one definition share it."""
         func = self.definition.with_attrs({"global_symbol": MAIN, KERNEL_ATTR: f"{self.rule}@{self.kernel_hash}"})
         return IRModule({MAIN: func})
+
+    @cached_property
+    def workload_document(self) -> list[str]:
+        """The workload as MetaSchedule's database has it: its hash and its text."""
+        return [str(part) for part in Workload(self.workload).as_json()]
+
+    @property
+    def sizes(self) -> list[Any]:
+        """``args_info`` as the database has it."""
+        return [info.as_json() for info in self.args_info]
 
     @cached_property
     def measurement(self) -> Measurement:
@@ -92,14 +108,15 @@ def tuning_tasks(
     tasks: dict[tuple[str, str, str], TuningTask] = {}
     for func in definitions:
         shape, rule = KernelShape.of(func), rule_of(func, target)
-        if shape is None or shape.operator not in RESULTS or rule is None or not knob_values(rule):
+        if shape is None or not measurable(shape) or rule is None or not knob_values(rule):
             continue
-        clean = without_choice(func)
+        clean = without_choice(definition_of(func))
         if kernel_for(clean, target) is None:  # the rule declines: there is nothing to tune
             continue
         for bucket in default_buckets(shape, size_names(clean), target.kind.name, sequences):
             task = TuningTask(clean, target, bucket)
-            tasks.setdefault(task.key(), task)
+            if task.knobs and (shape.operator != LOOPS or task.measurement.moved_bytes() >= _LEAST_BYTES):
+                tasks.setdefault(task.key(), task)
     return list(tasks.values())
 
 

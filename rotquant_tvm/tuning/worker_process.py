@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import re
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +22,7 @@ class WorkerProcess:
     """
 
     def __init__(self, uses: int | None = None) -> None:
-        self._worker = PopenWorker(maximum_uses=uses)
+        self._worker = PopenWorker(initializer=_ignore_interrupts, maximum_uses=uses)
         self.closed = False
 
     def call(self, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -89,6 +90,11 @@ class WorkerPool:
         for worker in self.workers:
             worker.close()
         self._threads.shutdown()
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches all processes of a terminal; what it means is decided by the one that started the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def last_line(error: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rotquant_tvm.benchmark import append, decode, prefill, roundtrip
+from rotquant_tvm.benchmark.cache_data import CacheSpec
 from rotquant_tvm.benchmark.kernels import DEFINITION, Operator, OperatorLibrary
 from rotquant_tvm.benchmark.report import ERROR_BAR
 from rotquant_tvm.benchmark.settings import BatchShape
@@ -40,7 +41,7 @@ def test_decode_races_our_f16_and_torch_and_checks(small):
     report = decode.run(small("decode", kv_caches=("iso3", "rq3", "q8_0/iso2"), shapes=shapes("2x100", "1x5")))
     assert report.passed and [row.subject for row in report.rows] == ["f16", "iso3", "rq3", "q8_0/iso2"] * 2
     for row in report.rows:
-        assert row.seconds > 0 and row.error < 1e-5 and row.kernel == "attention_decode_llvm"
+        assert row.seconds > 0 and row.error < 5e-4 and row.kernel == "attention_decode_llvm"
         names = {rival.name for rival in row.rivals}
         assert names == ({"torch SDPA"} if row.subject == "f16" else {"our f16", "torch SDPA"})
     f16, iso3 = report.rows[:2]
@@ -48,10 +49,15 @@ def test_decode_races_our_f16_and_torch_and_checks(small):
     assert next(rival for rival in iso3.rivals if rival.name == "our f16").seconds == f16.seconds
 
 
-def test_decode_catches_a_kernel_that_does_nothing(small, broken):
+@pytest.mark.parametrize("warm", [False, True])
+def test_decode_catches_a_kernel_that_does_nothing(small, broken, monkeypatch, warm):
+    """Over caches of which a warm run has one of a kind."""
     broken("attention")
-    report = decode.run(small("decode", kv_caches=("iso3",), shapes=shapes("1x40")))
+    made, random = [], CacheSpec.random
+    monkeypatch.setattr(CacheSpec, "random", lambda spec, device: made.append(spec) or random(spec, device))
+    report = decode.run(small("decode", kv_caches=("iso3",), shapes=shapes("1x40"), warm=warm))
     assert not report.passed and all(row.error > ERROR_BAR for row in report.rows)
+    assert (len(made) == 2) == warm and any("again and again" in note for note in report.notes) == warm
 
 
 def test_a_configuration_that_fails_to_compile_is_a_row(small, monkeypatch):
@@ -76,6 +82,16 @@ def test_roundtrip_rows(small):
     assert {row.case for row in report.rows} == {"70 x 32 float16", "70 x 32 float32"}
     assert report.rows[0].nbytes == 2 * 70 * 32 * 2 and report.rows[-1].nbytes == 2 * 70 * 32 * 4
     assert all(row.error <= ERROR_BAR and row.seconds > 0 and row.kernel for row in report.rows)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_warm_vectors_are_one_buffer(small, monkeypatch, warm):
+    made, vectors = [], roundtrip._vectors
+    monkeypatch.setattr(roundtrip, "_vectors", lambda device, case: made.append(case) or vectors(device, case))
+    sizes = {"vectors": (70,), "head_dims": (32,), "bits": (2,), "rotations": ("iso",), "dtypes": ("float32",)}
+    report = roundtrip.run(small("roundtrip", **sizes, warm=warm))
+    assert report.passed and (len(made) == 1) == warm
+    assert any("again and again" in note for note in report.notes) == warm
 
 
 def test_roundtrip_catches_a_kernel_that_does_nothing(small, broken):

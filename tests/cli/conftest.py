@@ -7,16 +7,31 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from rotquant_tvm.cli.main import main
+from rotquant_tvm import cli
+from rotquant_tvm.cli.main import COMMANDS, main
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<s>' + message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '</s>' }}{% endif %}"
 )
+
+
+@cache
+def schema_of(command: str):
+    """The validator of what a command writes with --json."""
+    import jsonschema
+
+    text = (Path(cli.__file__).parent / "schemas" / f"{command}.json").read_text(encoding="utf-8")
+    return jsonschema.Draft202012Validator(json.loads(text))
+
+
+def _no_number(text: str):
+    raise ValueError(f"{text} is no JSON")
 
 
 @dataclass(frozen=True)
@@ -26,11 +41,17 @@ class Ended:
     status: int
     out: str
     err: str
+    command: str = ""
 
     @property
     def document(self):
-        """The one JSON document on standard output."""
-        return json.loads(self.out)
+        """The one JSON document on standard output, which the command's schema describes."""
+        document = json.loads(self.out, parse_constant=_no_number)
+        if self.command in COMMANDS:
+            problem = next(schema_of(self.command).iter_errors(document), None)
+            assert problem is None, f"{problem.json_path}: {problem.message}"
+            assert ("error" in document) == (self.status not in (0, 1))
+        return document
 
     @property
     def error(self) -> str:
@@ -47,7 +68,7 @@ def tvmc(capsys):
     def run(*arguments) -> Ended:
         capsys.readouterr()
         status = main([str(argument) for argument in arguments])
-        return Ended(status, *capsys.readouterr())
+        return Ended(status, *capsys.readouterr(), _command(arguments))
 
     return run
 
@@ -64,9 +85,13 @@ def tvmc_process():
             timeout=300,
             env=os.environ | environment,
         )
-        return Ended(done.returncode, done.stdout, done.stderr)
+        return Ended(done.returncode, done.stdout, done.stderr, _command(arguments))
 
     return run
+
+
+def _command(arguments) -> str:
+    return next((str(word) for word in arguments if word in COMMANDS), "")
 
 
 def byte_tokenizer():

@@ -26,7 +26,8 @@ def refused(tvmc, status, *arguments):
 def test_standard_output_is_one_document_and_tvm_is_silent(compiled):
     document = compiled.ended.document
     assert document["artifact"] == str(compiled.artifact) and document["default_capacity"] == 128
-    assert "Warning" not in compiled.ended.err
+    assert document["requires"]["machine"] and document["requires"]["cuda"] is None
+    assert "Warning" not in compiled.ended.err and "next:" not in compiled.ended.err
     assert re.search("^generate code …", compiled.ended.err, re.M)
 
 
@@ -121,15 +122,20 @@ def test_a_fixed_batch_reaches_the_artifact_and_the_run(model, tmp_path, tvmc):
 
 
 @pytest.mark.slow
-def test_cuda_code_of_a_gpu_that_is_not_here(model, tmp_path, tvmc):
+def test_cuda_code_of_a_gpu_that_is_not_here(model, tmp_path, tvmc, monkeypatch):
+    """And no CUDA compiler either: ``tests/test_device_code.py`` has those that make machine code."""
     import tvm
 
+    monkeypatch.setattr("rotquant_tvm.device_code.cuda_compiler", lambda: None)
     options = ["--target", "nvidia/nvidia-h100", "--dump-code", "cuda", "-o", tmp_path / "a.rq", "-v"]
     ended = tvmc("compile", model, *options)
     assert ended.status == 0, ended.err
     assert "sm_90a" in ended.err and "LowerKVOps" in ended.err  # what -v adds
     assert "__global__" in (tmp_path / "a.rq.cuda").read_text()
     assert "cuda (sm_90a)" in tvmc("inspect", tmp_path / "a.rq").out
+    if not tvm.cuda().exist:
+        assert "warning: no CUDA compiler was found" in ended.err
+        assert tvmc("inspect", tmp_path / "a.rq", "--json").document["requires"]["cuda"]["code"] == "cuda"
     if not tvm.cuda().exist:
         assert tvmc("run", tmp_path / "a.rq").status == 3
 

@@ -85,7 +85,57 @@ def test_merging_keeps_the_faster(tvmc, log, tasks, tmp_path):
     merged = read_log(tmp_path / "merged" / log.name)
     assert sorted((r.seconds, tuple(r.knobs.items())) for r in merged.records) == [(0.25, (("splits", 8),)), (1.0, ())]
     assert tvmc("logs", "check", tmp_path / "merged").status == 0
-    assert ended.document["logs"] == [{"folder": str(tmp_path / "merged" / log.name), "records": 2}]
+    assert ended.document["logs"] == [{"folder": str(tmp_path / "merged" / log.name), "records": 2, "stale": 0}]
+
+
+def test_merging_takes_no_record_of_an_older_kernel(tvmc, log, tasks, tmp_path):
+    """Faster or not: the times of a kernel that is no more say nothing. A check tells which ones those are."""
+    found = read_log(log)
+    past = {"kernel_hash": "0" * 16, "seconds": 1e-9, "date": "2999-01-01"}
+    old = [replace(entry, record=replace(entry.record, **past)) for entry in found.entries]
+    other = write_results(tmp_path / "other", (tasks[0], {"splits": 8}, 0.25))
+    write_log(other, replace(read_log(other), entries=tuple(old)))
+    for order in ((other, log), (log, other)):
+        ended = tvmc("logs", "merge", *order, "-o", tmp_path / "merged" / order[0].parent.name)
+        assert ended.status == 0 and "changed since" not in ended.out
+        assert read_log(tmp_path / "merged" / order[0].parent.name / log.name).records == found.records
+    assert "2 of them of kernels that have changed since" in tvmc("logs", "merge", other, "-o", tmp_path / "old").out
+    assert sum("the kernel has changed since" in line for line in tvmc("logs", "check", other).out.splitlines()) == 2
+    kinds = {change["change"] for change in tvmc("logs", "diff", other, log, "--json").document["changes"]}
+    assert kinds == {"kernel"}
+
+
+HOSTILE = {
+    "markup": {"device": {"name": "[/bold] [link=file:///etc]x[/link]"}},
+    "escapes": {"device": {"name": "x\x1b]0;title\x07"}},
+    "slug": {"device": {"slug": "../../escaped"}},
+    "device": {"device": 7},
+    "records": {"records": {}},
+    "numbers": {"copy_bandwidth": -1},
+}
+
+
+@pytest.mark.parametrize("action", [("list",), ("check",), ("merge", "-o", "OUT"), ("diff", "LOG")])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_logs_from_anywhere(tvmc, log, tmp_path, name, action):
+    """They are shown, or refused in one line; nothing is written outside of the output folder."""
+    hostile = tmp_path / "hostile" / log.name
+    shutil.copytree(log, hostile)
+    manifest = json.loads((hostile / "manifest.json").read_text())
+    for key, value in HOSTILE[name].items():
+        manifest[key] = manifest[key] | value if isinstance(value, dict) and value else value
+    (hostile / "manifest.json").write_text(json.dumps(manifest))
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    paths = {"OUT": tmp_path / "out", "LOG": log}
+    ended = tvmc("logs", action[0], hostile, *(paths.get(word, word) for word in action[1:]))
+    assert ended.status in (0, 1, 2) and "\x1b" not in ended.out + ended.err
+    if name == "markup" and action[0] == "list":
+        assert "[/bold]" in ended.out
+    elif name != "markup":
+        assert ended.status == (1 if action[0] == "check" else 2)
+        assert "damaged tuning log" in (ended.out if action[0] == "check" else ended.error)
+    outside = [str(path) for path in tmp_path.rglob("*") if not str(path).startswith(str(tmp_path / "out"))]
+    assert sorted(outside) == before
 
 
 def test_merging_into_a_folder_with_logs_adds_to_them(tvmc, log, tasks, tmp_path):

@@ -120,7 +120,7 @@ def test_an_interrupt_ends_without_a_traceback(tvmc, monkeypatch):
 
     monkeypatch.setattr("rotquant_tvm.cli.formats._describe", interrupt)
     ended = tvmc("formats")
-    assert ended == type(ended)(130, "", "error: interrupted\n")
+    assert (ended.status, ended.out, ended.err) == (130, "", "error: interrupted\n")
 
 
 def test_quick_commands_load_neither_torch_nor_tvm(tvmc_process):

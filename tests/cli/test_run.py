@@ -184,10 +184,13 @@ def test_damaged_artifacts_are_refused_by_run_and_inspect(tvmc, artifact, tmp_pa
 def test_inspect_shows_an_artifact(tvmc, compiled):
     document = tvmc("inspect", compiled.artifact, "--json").document
     assert document["report"] == compiled.ended.document["report"]
-    assert sorted(document["files"]) == ["model.so", "tokenizer.json", "weights.safetensors"]
+    assert sorted(document["files"]) == ["codecs.safetensors", "model.so", "tokenizer.json", "weights.safetensors"]
+    assert document["model"]["kv_layers"] == {"-1": "hurwitz4:ip/hurwitz4"} and document["requires"]["cuda"] is None
+    assert document["codecs"]["layers"][0]["k"]["format"] == "iso3" and document["tuning_records"] == []
     assert [layer["k"] for layer in document["kv_cache_info"]["layers"]] == ["iso3", "hurwitz4:ip"]
     shown = tvmc("inspect", compiled.artifact).out
     assert "iso3" in shown and "128 (at most 256)" in shown and "llvm" in shown
+    assert "CPU" in shown and "tvm-ffi 0.1" in shown
 
 
 def test_inspect_shows_the_attention_of_a_model(tvmc, model):

@@ -25,14 +25,15 @@ def names(tvmc, *arguments):
 
 def test_help_names_every_option(tvmc):
     options = "--trials --trials-per-task --number --repeat --min-repeat-ms --timeout --parallel --early-stopping"
-    options += " --tasks --rpc-tracker --rpc-key --target -o --output --shapes --heads --kv-heads --head-dim --json"
+    options += " --time-budget --tasks --rpc-tracker --rpc-key --target -o --output --shapes --heads --kv-heads"
+    options += " --head-dim --json"
     text = tvmc("tune", "--help").out
     assert [option for option in options.split() if option not in text] == []
 
 
 def test_tasks_of_an_attention(tvmc):
-    assert names(tvmc, *SMALL) == ["attention_decode hurwitz3 4/2x64 float32 1x1K"]
-    several = names(tvmc)
+    assert "attention_decode hurwitz3 4/2x64 float32 1x1K" in names(tvmc, *SMALL)
+    several = [name for name in names(tvmc) if name.startswith("attention_decode")]
     assert len(several) == 8 and {name.split()[1] for name in several} == {
         "hurwitz2",
         "hurwitz3",
@@ -42,9 +43,33 @@ def test_tasks_of_an_attention(tvmc):
 
 
 def test_tasks_of_a_model(tvmc, model):
-    assert names(tvmc, model, "--kv-cache", "iso3", "--shapes", "2x256") == [
-        "attention_decode iso3 2/1x32 float32 2x256"
+    """The KV operators and the rest of the model: linear layers, norms and other loops."""
+    found = names(tvmc, model, "--kv-cache", "iso3", "--shapes", "2x256")
+    assert found[0] == "attention_decode iso3 2/1x32 float32 2x256"
+    linear = [name for name in found if name.startswith("linear") and name.endswith("2x256")]
+    assert linear == [
+        "linear 64→64+32+32 float32 2x256",
+        "linear 64→64 residual float32 2x256",
+        "linear 64→96+96 float32 2x256",
+        "linear 96→64 residual float32 2x256",
+        "linear 64→258 float32 2x256",
     ]
+    assert any(name.startswith("loops ") and "rsqrt" in name and name.endswith("2 +256") for name in found)
+
+
+@pytest.mark.full
+def test_a_configuration_is_enough(tvmc, model, tmp_path):
+    """Weights are not needed to know their shapes."""
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    found = names(tvmc, tmp_path, "--kv-cache", "iso3", "--shapes", "2x256")
+    assert {"attention_decode iso3 2/1x32 float32 2x256", "linear 64→96+96 float32 2x256"} <= set(found)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "no such model"}', "[]"])
+def test_a_configuration_that_is_none(tvmc, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    ended = tvmc("tune", tmp_path, "--tasks", "list")
+    assert ended.status == 4 and str(tmp_path) in ended.error
 
 
 def test_tasks_of_a_gpu_that_is_not_here(tvmc):
@@ -68,11 +93,12 @@ def test_the_list_as_a_table(tvmc):
         (("--trials-per-task", 0), "1 or more"),
         (("--min-repeat-ms", -1), "from 0"),
         (("--timeout", 0), "above 0"),
+        (("--time-budget", 0), "above 0"),
         (("--rpc-tracker", "host:9190"), "--rpc-key"),
         (("--rpc-key", "h100"), "--rpc-tracker"),
         (("--target", "vulkan"), "llvm or cuda"),
         (("--tasks", "no such kernel", *SMALL), "no task has that in its name"),
-        (("--tasks", "7", *SMALL), "tasks 0 to 0"),
+        (("--tasks", "77", *SMALL), "there are tasks 0 to"),
         (("--vectors", "iso9"), "iso9"),
         (("--head-dim", 24), "head_dim 24"),
     ],
@@ -101,7 +127,7 @@ def test_cuda_without_a_gpu_is_a_device_failure(tvmc):
 def test_an_rpc_tracker_needs_a_package(tvmc, monkeypatch):
     monkeypatch.setattr("rotquant_tvm.tuning.remote_measuring.importlib.util.find_spec", lambda _name: None)
     ended = tvmc("tune", *SMALL, "--rpc-tracker", "localhost:9190", "--rpc-key", "cpu")
-    assert ended.status == 2 and "pip install tornado" in ended.error
+    assert ended.status == 2 and "pip install 'rotquant-tvm[rpc]'" in ended.error
 
 
 def test_a_kernel_without_knobs_is_nothing_to_tune(tvmc):
@@ -113,16 +139,21 @@ def test_a_kernel_without_knobs_is_nothing_to_tune(tvmc):
 def test_a_run_its_log_and_the_compile_that_uses_it(tvmc_process, tvmc, model, tmp_path):
     logs = tmp_path / "logs"
     options = ("--kv-cache", "hurwitz3", "--shapes", "1x256", *QUICK, "-o", logs, "--json")
+    options += ("--tasks", "attention_decode,linear 96,rsqrt")
     ended = tvmc_process("tune", model, *options)
     assert ended.status == 0, ended.err
-    assert ended.document["measured"] == 2 and ended.document["failures"] == []
-    (record,) = ended.document["records"]
+    assert ended.document["measured"] == 6 and ended.document["failures"] == [] and ended.document["finished"]
+    record, *others = ended.document["records"]
     assert record["operator"] == "attention_decode" and record["trials"] == 2
-    assert "attention_decode hurwitz3" in ended.err  # progress
+    assert [other["operator"] for other in others] == ["loops", "linear"] and others[1]["flops"] > 0
+    for each in ended.document["records"]:
+        assert each["gain"] == each["rule_seconds"] / each["seconds"] >= 1 and 0 < each["share"]
+    lines = [line for line in ended.err.splitlines() if line.startswith("task ")]
+    assert len(lines) >= 3 and all(" of 3, " in line and " of the roofline, about " in line for line in lines)
     assert tvmc("logs", "check", logs).status == 0
 
     again = tvmc_process("tune", model, *options)
-    assert again.document["measured"] == 0 and again.document["records"] == [record]
+    assert again.document["measured"] == 0 and again.document["records"] == ended.document["records"]
 
     artifact = tmp_path / "a.rq"
     compiled = tvmc("compile", model, "--kv-cache", "hurwitz3", "--tuning-records", logs, "-o", artifact, "--json")

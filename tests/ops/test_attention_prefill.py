@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rotquant_tvm import ops
 
+from ..sampling import sampled
 from .cases import CASES, MIXED
 from .reference import attention, check_output, filled_cache, stored_kv
 
@@ -79,6 +80,27 @@ def test_soft_capped_scores(kernels, rng, poisoned, case, softcap, window):
 )
 def test_any_lengths(kernels, poisoned, steps, seed):
     check(kernels, np.random.default_rng(seed), poisoned, MIXED, steps)
+
+
+OWN_BASIS = [(MIXED, "float32", 40), (MIXED, "float32", None), (CASES[0], "float16", None)]
+
+
+@pytest.mark.parametrize("choice", sampled(OWN_BASIS, OWN_BASIS[:1]), ids=str)
+def test_operands_in_the_models_own_basis(kernels, rng, poisoned, choice):
+    """The same attention, turned: what is rotated before and un-rotated after may as well be left alone."""
+    case, dtype, window = choice
+    past, new = zip(*RAGGED, strict=True)
+    cache = filled_cache(rng, case.codecs, case.kv_heads, 4, past)
+    q, k, v = chunk(rng, case, new, dtype)
+    key, value = (codec.rotation for codec in case.codecs)
+    rotated = [r.apply(x.astype(np.float64)) for r, x in ((key, q), (key, k), (value, v))]
+    wanted = value.inverse().apply(expected(case, *rotated, cache, past, new, window=window))
+    past, new = (np.asarray(x, np.int32) for x in (past, new))
+    matrices = [r.matrix().astype(dtype) for r in (key, value) if not r.identity]
+    arguments = (*case.codecs, case.heads, case.kv_heads, SCALE, dtype)
+    kernel = kernels.build(ops.attention_prefill, *arguments, window=window, rotated=True)
+    arrays = (q, k, v, cache, past + new, new, *matrices, poisoned(q.shape, dtype))
+    check_output(kernels.run(kernel, *arrays, writes=(-1,)), wanted)
 
 
 def test_half_precision(kernels, rng, poisoned):

@@ -103,6 +103,7 @@ OPERATORS = {
     "attention_dense": _dense,
     "attention_decode": lambda: [_attention(ops.attention_decode, c, splits=8, window=9) for c in CACHES],
     "attention_prefill": lambda: [_attention(ops.attention_prefill, c, window=9) for c in CACHES],
+    "rotated prefill": lambda: [_attention(ops.attention_prefill, CACHES[0], rotated=True)],
 }
 
 
@@ -142,7 +143,7 @@ def shared_bytes(source: str) -> dict[str, int]:
     return found
 
 
-LONG = {"rings", "policy", "append", "dequantize_cache"}
+LONG = {"rings", "policy", "append", "dequantize_cache", "segmented decode", "attention_prefill"}
 """Operators whose many kernels take nvcc long."""
 
 

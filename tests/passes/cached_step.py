@@ -8,6 +8,7 @@ from functools import cache, cached_property
 import numpy as np
 import tvm
 from rotquant_tvm.passes.fuse_decode_rotation import FuseDecodeRotation
+from rotquant_tvm.passes.fuse_prefill_rotation import FusePrefillRotation
 from rotquant_tvm.passes.hoist_rotation import HoistRotation
 from rotquant_tvm.passes.kv_kernels import kernel_of
 from rotquant_tvm.passes.lower_kv_ops import LowerKVOps
@@ -46,7 +47,8 @@ def stages(model: TinyModel, config: KVCacheConfig) -> dict[str, tvm.IRModule]:
         hoisted = HoistRotation()(quantized)
         lowered = LowerKVOps()(hoisted)
         fused = FuseDecodeRotation(tvm.target.Target("llvm"))(lowered)
-        return {"quantize": quantized, "hoist": hoisted, "lower": lowered, "fuse": fused}
+        both = FusePrefillRotation(tvm.target.Target("llvm"))(fused)
+        return {"quantize": quantized, "hoist": hoisted, "lower": lowered, "fuse": fused, "fuse-prefill": both}
 
 
 def operators(mod: tvm.IRModule, name: str) -> list[str]:

@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rotquant_tvm.runtime.artifact as artifact_module
+from rotquant_tvm import staging
 from rotquant_tvm.errors import ArtifactError, UsageError
 from rotquant_tvm.runtime import TokenizerSpec, check_output, load, read_artifact, write_artifact
 
+NEEDS = {"machine": "x86_64", "cpu": {"name": "x86-64-v3", "features": ["avx2"]}, "cuda": None}
 FILES = ["model.so", "weights.safetensors", "tokenizer.json", "manifest.json"]
 
 
@@ -57,12 +59,12 @@ def test_what_is_written_is_read_back(artifact, fake_model, tokenizer_json):
 
 def test_the_manifest_has_the_documented_entries(artifact):
     document = json.loads((artifact / "manifest.json").read_text())
-    assert document["format"] == "rotquant-tvm-artifact" and document["version"] == 1
+    assert document["format"] == "rotquant-tvm-artifact" and document["version"] == 2
     assert set(document["files"]) == set(FILES) - {"manifest.json"}
     for name, record in document["files"].items():
         assert record["bytes"] == (artifact / name).stat().st_size and len(record["sha256"]) == 64
     assert document["tokenizer"]["file"] == "tokenizer.json"
-    assert document["tvm"].startswith("0.27")
+    assert document["versions"]["tvm"].startswith("0.27") and document["requires"] is None
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -108,11 +110,19 @@ def test_a_missing_file_is_named(artifact, name):
 @pytest.mark.parametrize(
     ("change", "fragments"),
     [
-        (lambda m: m.update(version=2), ("version is 2", "reads 1", "compile the model again")),
+        (lambda m: m.update(version=1), ("version is 1", "reads 2", "compile the model again")),
         (lambda m: m.update(version=True), ("version is True",)),
         (lambda m: m["kv_cache_info"].update(layout_version=7), ("layout_version is 7",)),
         (lambda m: m["kv_cache_info"].update(version=None), ("kv_cache_info", "version is None")),
-        (lambda m: m.update(tvm="0.26.0"), ("TVM 0.26.0", "compile the model again")),
+        (lambda m: m["versions"].update({"tvm": "0.26.0"}), ("tvm 0.26.0", "tvm 0.27", "compile the model again")),
+        (lambda m: m["versions"].update({"tvm-ffi": "0.2.0"}), ("tvm-ffi 0.2.0", "compile the model again")),
+        (lambda m: m["versions"].pop("tvm"), ("versions", "no entry 'tvm'")),
+        (lambda m: m.update(requires=3), ("'requires' is 3",)),
+        (lambda m: m.update(requires={"machine": "x86_64"}), ("requires", "no entry 'cpu'")),
+        (lambda m: m.update(requires=NEEDS | {"cuda": {"arch": "sm_x", "code": "cubin"}}), ("requires", "sm_x")),
+        (lambda m: m.update(codecs={"arrays": {}}), ("'codecs'", "disagree")),
+        (lambda m: m["files"].update({"codecs.safetensors": {"bytes": 1, "sha256": "0"}}), ("disagree",)),
+        (lambda m: m.update(tuning_records=[3]), ("tuning_records",)),
         (lambda m: m.update(format="other"), ("not the manifest",)),
         (lambda m: m.pop("kv_cache_info"), ("no entry 'kv_cache_info'",)),
         (lambda m: m.pop("target"), ("no entry 'target'",)),
@@ -208,6 +218,7 @@ def test_a_full_disk_leaves_the_old_artifact(artifact, write, tmp_path, monkeypa
         monkeypatch.setattr(artifact_module.safetensors.numpy, "save_file", full)
     else:
         rename = artifact_module.Path.rename
+        monkeypatch.setattr(staging, "_exchange", lambda *_: False)
         monkeypatch.setattr(
             artifact_module.Path,
             "rename",

@@ -131,7 +131,7 @@ def test_reset_refuses_a_batch_below_one(library):
 
 
 def test_a_cache_that_does_not_fit_is_a_device_error(library):
-    with pytest.raises(DeviceError, match=r"no room on cpu:0 for a KV cache of .* bytes.*smaller capacity"):
+    with pytest.raises(DeviceError, match=r"no room on cpu:0: a KV cache of batch 1099511627776 x .* takes .* TiB"):
         library.session(batch=1 << 40, capacity=4096)
 
 

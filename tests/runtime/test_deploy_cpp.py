@@ -99,6 +99,15 @@ def test_damaged_artifacts_are_refused(program, artifact, name, content, said):
     assert done.returncode == 1 and "error: " in done.stderr and said in done.stderr
 
 
+def test_a_cpu_that_lacks_something_is_told_what(program, write, tmp_path):
+    from rotquant_tvm.runtime import Requirements
+    from rotquant_tvm.runtime.requirements import machine_name
+
+    needs = Requirements(machine_name(), "future-cpu", ("avx8192",))
+    done = run(program, write(tmp_path / "model.rq", requires=needs), "--tokens", "1")
+    assert done.returncode == 1 and "a CPU with avx8192, which this one lacks" in done.stderr
+
+
 @pytest.mark.full
 def test_the_address_sanitizer_finds_nothing(artifact, fake_model, tmp_path):
     program = build(tmp_path / "sanitized", "-DSANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from unittest.mock import patch
 
+import numpy as np
+from rotquant_tvm.schedules import append_cuda
+
+from .cuda_targets import target_of
 from .simulated_decode import DecodeBlock, DecodeGPU
 from .simulated_gpu import dtype_of
 
@@ -48,3 +52,19 @@ class AppendBlock(DecodeBlock):
 
     def value_BitwiseNot(self, expr):
         return ~self.value(expr.a)
+
+
+def append_on_few_multiprocessors(shape, codecs, cache, sources, before, new, after=()):
+    """The cache after an append on a GPU of two multiprocessors, so that warps have several tiles.
+
+    ``codecs``: whose rotations these are. ``after``: what the definition waits for besides, an attention's output.
+    """
+    counts = np.array(new, np.int32)
+    heads = after[0].shape[2] if after else 0
+    with patch.object(append_cuda, "multiprocessors", return_value=2):
+        kernel = append_cuda.append_kernel(shape, target_of("sm_90a"), after=heads, warps=4)
+    rotations = [codec.coefficients for codec in codecs]
+    cache = cache.copy()
+    arrays = (*sources, *rotations, np.array(before, np.int32) + counts, counts, *after)
+    AppendGPU(kernel)(cache, *(np.ascontiguousarray(array) for array in arrays))
+    return cache

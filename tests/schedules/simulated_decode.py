@@ -55,6 +55,10 @@ class DecodeBlock(TensorCoreBlock):
     call_ptx_fence_mbarrier_init = call_ptx_mbarrier = call_cuda_mbarrier_wait = _nothing
     call_ptx_mbarrier_init = call_ptx_mbarrier_arrive_expect_tx_state = _nothing
 
+    def call_ptx_prefetch(self, args, words, expr) -> None:
+        buffer, at = self._address(args[0])
+        self._checked(at, len(self.gpu.memory[buffer]), buffer)
+
     def call_ptx_cp_async_bulk_g2s_cluster(self, args, words, expr) -> None:
         (target, at), (source, start) = (self._address(arg) for arg in args[:2])
         count = int(self.value(args[2])[self.active][0]) // 4
@@ -63,8 +67,8 @@ class DecodeBlock(TensorCoreBlock):
             assert at[thread] % 4 == 0 and start[thread] % 4 == 0
             assert 0 <= at[thread] and at[thread] + count <= len(self.shared[target])
             copied = self.gpu.memory[source][start[thread] : start[thread] + count]
-            assert len(copied) == count
-            self.shared[target][at[thread] : at[thread] + count] = copied
+            assert len(copied) > count - 4  # the unit of 16 bytes at the array's end
+            self.shared[target][at[thread] : at[thread] + len(copied)] = copied
 
     def call_ptx_ld(self, args, words, expr) -> None:
         """Also at an address in shared memory that is a number."""
@@ -78,7 +82,7 @@ class DecodeBlock(TensorCoreBlock):
         assert (place[self.active] % unit.itemsize == 0).all(), f"{buffer}: an unaligned access"
         units = memory.view(unit)
         loaded = units[self._checked(place // unit.itemsize, len(units), buffer)]
-        self._set(target, loaded.astype(dtype_of(target)))
+        self._set(target, loaded if unit.itemsize == 4 else loaded.astype(dtype_of(target)))
 
     def call_ptx_mad_int(self, args, words, expr) -> None:
         assert words == ["lo", "u32"]

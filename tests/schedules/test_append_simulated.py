@@ -6,14 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rotquant_tvm.schedules.append_cuda import append_kernel
 
 from ..ops.cases import Case
 from ..ops.test_append import check_append, random_step
 from ..ops.test_rings import BATCH, RingedCache
 from ..sampling import sampled
-from .cuda_targets import target_of
-from .simulated_append import AppendGPU
+from .simulated_append import append_on_few_multiprocessors
 from .test_append_cuda import shape_of
 
 CASES = [Case("f16", 64, 2, 1), Case("hurwitz3", 64, 2, 2)]
@@ -26,21 +24,11 @@ def rng(request):
     return np.random.default_rng(sum(request.node.name.encode()))
 
 
-def simulate(shape, after, cache, *arrays):
-    """The cache after an append on a GPU of few multiprocessors, so that a warp has several tiles."""
-    kernel = append_kernel(shape, target_of("sm_90a"), after=after, warps=4)
-    cache = cache.copy()
-    AppendGPU(kernel)(cache, *(np.ascontiguousarray(array) for array in arrays))
-    return cache
-
-
 @pytest.mark.parametrize("case", sampled(CASES, []), ids=str)
 def test_new_tokens_are_encoded_and_nothing_else_changes(rng, case):
     before, new = [31, 5, 64, 90], [34, 0, 20, 10]
     cache, k, v = random_step(rng, case, new, "float16")
-    counts = np.array(new, np.int32)
-    rotations = [codec.coefficients for codec in case.codecs]
-    after = simulate(shape_of(case), 0, cache, k, v, *rotations, np.array(before, np.int32) + counts, counts)
+    after = append_on_few_multiprocessors(shape_of(case), case.codecs, cache, (k, v), before, new)
     check_append(case, cache, after, (k, v), before, new)
 
 
@@ -51,9 +39,9 @@ class SimulatedRing(RingedCache):
         counts, case = np.asarray(counts, np.int32), self.case
         self.lengths = self.lengths + counts
         seen = [np.zeros((BATCH, new[0].shape[2], after, case.head_dim), self.dtype)] if after else []
-        rotations = [codec.coefficients for codec in case.codecs]
         shape = replace(shape_of(case, self.dtype), window=self.ring.window)
-        self.cache = simulate(shape, after, self.cache, *new, *rotations, self.lengths, counts, *seen)
+        before = self.lengths - counts
+        self.cache = append_on_few_multiprocessors(shape, case.codecs, self.cache, new, before, counts, seen)
         self.note(new, counts)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rotquant_tvm.schedules import attention_decode_cuda
 from rotquant_tvm.schedules.attention_decode_cuda import build
 
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
@@ -132,13 +133,26 @@ def test_without_bulk_copies(rng, pair):
     check(actual, expected_of(case, q, cache, LENGTHS), 1e-3)
 
 
-@pytest.mark.parametrize("blocks", [1, 8, 40])
-def test_the_number_of_splits_hardly_matters(rng, blocks):
+@pytest.mark.parametrize(
+    ("blocks", "knobs"),
+    [(1, {}), (8, {}), (40, {}), (40, {"warps": 1, "least": 1})],
+)
+def test_the_number_of_splits_hardly_matters(rng, blocks, knobs):
     case = Case("hurwitz3", 64, 3, 1)
     lengths = np.array([700], np.int32)
     cache = gentle_cache(rng, case, 22, lengths)
     q = rng.standard_normal((1, 1, 3, 64)).astype(np.float32)
-    actual = simulate(shape_of(case), [q, cache, lengths], blocks=blocks)
+    actual = simulate(shape_of(case), [q, cache, lengths], knobs, blocks=blocks)
+    check(actual, expected_of(case, q, cache, lengths), 1e-3)
+
+
+def test_one_tile_in_flight(rng, monkeypatch):
+    """What multiprocessors of two blocks are given of a ring of two stages."""
+    monkeypatch.setattr(attention_decode_cuda, "multiprocessors", lambda target: 1)
+    case, lengths = Case("hurwitz4", 128, 2, 1), np.array([700], np.int32)
+    cache = gentle_cache(rng, case, 22, lengths)
+    q = rng.standard_normal((1, 1, 2, 128)).astype(np.float32)
+    actual = simulate(shape_of(case), [q, cache, lengths], {"warps": 8, "resident": 2}, blocks=2)
     check(actual, expected_of(case, q, cache, lengths), 1e-3)
 
 
@@ -159,8 +173,7 @@ def test_segments(rng, case, policy, window):
         attention(q[b], seen[b, 0, :, :n], seen[b, 1, :, :n], SCALE, first=n - 1, window=window)
         for b, n in enumerate(cache.lengths)
     ]
-    for knobs in ({}, {"rows_last": 1})[: 2 if case.pair == "hurwitz3" else 1]:
-        check(simulate(shape, [q, *cache.arrays, cache.lengths], knobs), np.stack(expected), 2e-3)
+    check(simulate(shape, [q, *cache.arrays, cache.lengths]), np.stack(expected), 2e-3)
 
 
 @pytest.mark.parametrize(

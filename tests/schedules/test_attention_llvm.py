@@ -7,6 +7,7 @@ import pytest
 import tvm
 from rotquant_tvm.schedules.attention_decode_llvm import attention_decode_llvm
 from rotquant_tvm.schedules.attention_prefill_llvm import attention_prefill_llvm
+from rotquant_tvm.schedules.integer_stream_llvm import has_integer_core
 from tvm.target import Target
 
 from rotquant_tvm.formats import TileLayout, parse_pair
@@ -60,6 +61,12 @@ def run(kernel, out, *arrays):
     return result.numpy().astype(np.float64)
 
 
+def tolerance(shape: SiteShape, target) -> float:
+    """How far an output may be from float64, relative to its length: integers of 15 bits, or float32."""
+    target = host_target() if target is None else Target(target)
+    return 5e-4 if has_integer_core(shape.codecs(), target) else 2e-6
+
+
 CASES = [
     # K/V, head_dim, kv_heads, group, splits, window, target
     ("hurwitz3", 64, 3, 3, 2, None, None),
@@ -89,7 +96,8 @@ CASES = [
 def test_decode(pair, head_dim, kv_heads, group, splits, window, target):
     lengths = np.array([45, 33, 32, 31, 1, 0, 200], "int32")
     cache = Cache(pair, head_dim, len(lengths), kv_heads, 7)
-    kernel = build(attention_decode_llvm, cache.shape(group, splits=splits, window=window), target)
+    shape = cache.shape(group, splits=splits, window=window)
+    kernel, most = build(attention_decode_llvm, shape, target), tolerance(shape, target)
     q = cache.rng.standard_normal((len(lengths), 1, kv_heads * group, head_dim)).astype("float32")
     out = run(kernel, q, q, cache.words, lengths)
     for b, length in enumerate(lengths):
@@ -99,7 +107,7 @@ def test_decode(pair, head_dim, kv_heads, group, splits, window, target):
             if length:
                 past = slice(first, length)
                 expected = attend(q[b, 0, head], cache.k[b, head // group, past], cache.v[b, head // group, past])
-            assert np.linalg.norm(out[b, 0, head] - expected) <= 2e-6 * max(np.linalg.norm(expected), 1e-3), (b, head)
+            assert np.linalg.norm(out[b, 0, head] - expected) <= most * max(np.linalg.norm(expected), 1e-3), (b, head)
 
 
 PREFILL = [
@@ -139,7 +147,8 @@ def test_soft_capped_scores(softcap, target):
     cache = Cache("hurwitz3", 64, 2, 1, 3)
     q = cache.rng.standard_normal((2, 1, 3, 64)).astype("float32") * 3
     lengths = np.array([77, 5], "int32")
-    kernel = build(attention_decode_llvm, cache.shape(3, splits=2, softcap=softcap), target)
+    shape = cache.shape(3, splits=2, softcap=softcap)
+    kernel, most = build(attention_decode_llvm, shape, target), max(1e-5, tolerance(shape, target))
     out = run(kernel, q, q, cache.words, lengths)
     new = np.ones(2, "int32")
     chunk = [x[:, :, lengths[0] - 1 :][:, :, :1].astype("float32") for x in (cache.k, cache.v)]
@@ -148,7 +157,7 @@ def test_soft_capped_scores(softcap, target):
     for b, n in enumerate(lengths):
         for head in range(3):
             expected = attend(q[b, 0, head], cache.k[b, 0, :n], cache.v[b, 0, :n], softcap)
-            assert np.linalg.norm(out[b, 0, head] - expected) <= 1e-5 * np.linalg.norm(expected)
+            assert np.linalg.norm(out[b, 0, head] - expected) <= most * np.linalg.norm(expected)
             keys, values = (
                 np.concatenate([x[b, 0, : n - 1], y[b, 0]]) for x, y in zip((cache.k, cache.v), chunk, strict=True)
             )

@@ -14,17 +14,15 @@ from rotquant_tvm.schedules.prefill_tiling_cuda import prefill_tiling
 from rotquant_tvm import ops
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
 from rotquant_tvm.codegen import compile_module
-from rotquant_tvm.ops.site_shape import SiteShape
 
 from ..ops.cases import CASES as FORMAT_CASES
 from ..ops.cases import Case
 from ..ops.conftest import Kernels, has_gpu
 from ..ops.reference import attention, filled_cache
-from ..ops.segmented import SegmentedCache
 from ..ops.test_attention_prefill import RAGGED, chunk, expected
 from .cuda_targets import ARCHITECTURES, cubin, target_of
+from .prefill_problems import SCALE, check_output, segmented, shape_of, straight
 
-SCALE = 0.09
 CASES = [
     *(Case(f"hurwitz{bits}", head_dim, 8, 2) for bits in (1, 2, 3, 4) for head_dim in (64, 80, 96, 128, 256)),
     *FORMAT_CASES,
@@ -46,7 +44,18 @@ SEGMENTED = [
     (Case("turbo2", 128, 4, 2), CachePolicy(sinks=4, recent=3, center=96, defer=50)),
     (Case("hurwitz4", 256, 4, 2), CachePolicy(sinks=4, recent=64, center=64)),
 ]
-STEPS = ([70, 0, 3, 33], [130, 40, 1, 0], [1, 1, 1, 1], [64, 65, 1, 200])
+STEPS = ([70, 0, 3, 33, 0], [130, 40, 1, 0, 0], [1, 1, 1, 1, 0], [64, 65, 1, 200, 0])
+ROTATED = [
+    *(Case("hurwitz3", head_dim, 8, 2) for head_dim in (64, 80, 96, 128, 256)),
+    Case("iso3", 128, 32, 8),
+    Case("planar2/turbo4", 64, 5, 1),
+    Case("rotor3", 112, 6, 2),
+    Case("dense4/iso2", 80, 4, 4),
+    Case("hurwitz3/q8_0", 96, 8, 2),
+    Case("bf16/hurwitz2", 128, 7, 1),
+    Case("f16/turbo2", 256, 4, 1),
+    Case("hurwitz3+tcq", 128, 8, 2),
+]
 KNOB_CASES = [
     {"tokens": 64, "stages": 1},
     {"tokens": 64, "stages": 2},
@@ -58,13 +67,6 @@ KNOB_CASES = [
 LONG = [(0, 300), (129, 257), (517, 64), (1000, 1), (65, 0), (63, 131)]
 
 requires_gpu = pytest.mark.skipif(not has_gpu(), reason="no CUDA device")
-
-
-def shape_of(case, dtype="float16", window=None, policy=NO_POLICY):
-    k, v = (codec.format.name for codec in case.codecs)
-    return SiteShape(
-        *(k, v, case.heads, case.kv_heads, case.head_dim, SCALE, window, dtype), chunk=True, policy=policy.name
-    )
 
 
 @pytest.fixture
@@ -83,35 +85,21 @@ def cpu():
     return Kernels("llvm")
 
 
-def check_output(actual, wanted):
-    """Assert outputs [..., d] to be the wanted ones, as far as keys, values and weights in float16 can tell.
-
-    A key's rounding moves its score by 2^-12 of it: the scores of the longest keys reach 30 here, and where two of them
-    compete the output moves by a few thousandths. Such vectors are few.
-    """
-    assert np.isfinite(actual).all()
-    error = np.linalg.norm(actual.astype(np.float64) - wanted, axis=-1)
-    size = np.linalg.norm(wanted, axis=-1) + 1e-6
-    assert (error <= 1.5e-2 * size).all(), (error / size).max()
-    assert np.mean(error <= 2e-3 * size) >= 0.98
-    assert np.sqrt(np.mean((error / size) ** 2)) <= 1e-3
-
-
 def compiled(gpu, shape, **knobs):
     kernel = prefill_kernel(shape, gpu.target, **knobs)
     return compile_module(tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")}), gpu.target)["kernel"]
 
 
-def check(gpu, rng, case, steps, window=None, **knobs):
-    """Compare over a cache that holds random bits past the past; keys and values of the padding are NaN."""
-    past, new = (np.array(x, np.int32) for x in zip(*steps, strict=True))
-    cache = filled_cache(rng, case.codecs, case.kv_heads, max(4, -(-int(past.max()) // 32)), past)
-    q, k, v = chunk(rng, case, new, "float16")
-    kernel = compiled(gpu, shape_of(case, window=window), **knobs)
-    actual = gpu.run(kernel, q, k, v, cache, past + new, new, np.full_like(q, np.nan), writes=(6,))
-    check_output(actual, expected(case, q, k, v, cache, past, new, window=window))
-    for b, count in enumerate(new):
-        assert (actual[b, count:] == 0).all()
+def solve(gpu, problem, **knobs):
+    """Run a problem on a poisoned output; rows of padding must come out as 0."""
+    output = np.full_like(problem.arguments[0], np.nan)
+    actual = gpu.run(compiled(gpu, problem.shape, **knobs), *problem.arguments, output, writes=(-1,))
+    check_output(actual, problem.wanted)
+    assert (actual[(problem.wanted == 0).all(axis=(2, 3))] == 0).all()
+
+
+def check(gpu, rng, case, steps, window=None, rotated=False, **knobs):
+    solve(gpu, straight(rng, case, steps, window, rotated), **knobs)
 
 
 @pytest.mark.gpu
@@ -150,24 +138,33 @@ def test_a_past_beyond_the_capacity_is_not_read(gpu, rng):
 
 @pytest.mark.gpu
 @requires_gpu
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("window", [None, 50, 230])
 @pytest.mark.parametrize(("case", "policy"), SEGMENTED, ids=str)
-def test_policies(gpu, cpu, rng, case, policy, window):
-    cache = SegmentedCache(cpu, rng, case, policy, 4, 600, dtype="float16")
-    for counts in STEPS:
-        cache.append(cache.draw(max(counts)), counts)
-    counts, seq = np.array([40, 7, 0, 200], np.int32), 200
-    new = cache.draw(seq)
-    q = rng.standard_normal((4, seq, case.heads, case.head_dim)).astype(np.float16)
-    kernel = compiled(gpu, shape_of(case, window=window, policy=policy))
-    arguments = (q, *new, *cache.arrays, cache.lengths + counts, counts, np.full_like(q, np.nan))
-    actual = gpu.run(kernel, *arguments, writes=(-1,))
-    seen, wanted = cache.seen(), np.zeros(q.shape)
-    for b, (past, count) in enumerate(zip(cache.lengths, counts, strict=True)):
-        k, v = (np.concatenate([seen[b, role, :, :past], new[role][b, :, :count]], axis=1) for role in range(2))
-        if count:
-            wanted[b, :count] = attention(q[b, :count], k, v, SCALE, first=past, window=window)
-    check_output(actual, wanted)
+def test_policies(gpu, cpu, rng, case, policy, window, rotated):
+    solve(gpu, segmented(cpu, rng, case, policy, STEPS, [40, 7, 0, 200, 90], window, rotated))
+
+
+@pytest.mark.gpu
+@requires_gpu
+@pytest.mark.parametrize("case", ROTATED, ids=str)
+def test_changes_of_basis(gpu, rng, case):
+    check(gpu, rng, case, RAGGED + LONG, rotated=True)
+
+
+@pytest.mark.gpu
+@requires_gpu
+@pytest.mark.parametrize("window", [1, 40, 200])
+def test_changes_of_basis_with_windows(gpu, rng, window):
+    check(gpu, rng, Case("hurwitz3", 128, 8, 2), RAGGED + LONG, window=window, rotated=True)
+
+
+@pytest.mark.gpu
+@requires_gpu
+@pytest.mark.parametrize("knobs", KNOB_CASES, ids=str)
+@pytest.mark.parametrize("case", [Case("hurwitz3", 128, 8, 2), Case("iso3/planar2", 80, 7, 1)], ids=str)
+def test_changes_of_basis_with_every_tiling(gpu, rng, case, knobs):
+    check(gpu, rng, case, RAGGED + LONG, rotated=True, **knobs)
 
 
 @pytest.mark.gpu
@@ -193,7 +190,7 @@ def test_large_scores_do_not_overflow(gpu, rng):
 )
 def test_kernels_compile(case, arch):
     for policy in (NO_POLICY, CachePolicy(sinks=4, recent=64, center=64)):
-        shape = shape_of(case, window=100, policy=policy)
+        shape = shape_of(case, window=100, policy=policy, rotated=policy is not NO_POLICY)
         assert len(cubin(lambda target, shape=shape: prefill_kernel(shape, target), arch)) > 0
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from rotquant_tvm.schedules.append_cuda import append_kernel
 from rotquant_tvm.schedules.block_codes_cuda import MIDDLE, code_polynomial, has_block_codes
 
 from ..ops.cases import Case
 from ..ops.reference import BOUNDARY_ROUNDING, codec_of
 from ..ops.test_append import check_append, random_step
 from ..sampling import sampled
-from .cuda_targets import target_of
-from .simulated_append import AppendGPU
+from .simulated_append import append_on_few_multiprocessors
 from .test_append_cuda import shape_of
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 240, 256, 512)
@@ -68,8 +66,5 @@ def test_awkward_rows(case, dtype):
     k[0, :, 7], v[1, :, 9], k[1, :, 4] = k[0, :, 7] * 1e-6, v[1, :, 9] * 3e4, 0
     with np.errstate(over="ignore"):
         k, v = (x.astype(TYPES[dtype]) for x in (k, v))
-    counts = np.array(new, np.int32)
-    arrays = (k, v, *(codec.coefficients for codec in case.codecs), np.array(before, np.int32) + counts, counts)
-    after = cache.copy()
-    AppendGPU(append_kernel(shape_of(case, dtype), target_of("sm_90a"), warps=4))(after, *arrays)
+    after = append_on_few_multiprocessors(shape_of(case, dtype), case.codecs, cache, (k, v), before, new)
     check_append(case, cache, after, [x.astype(np.float64) for x in (k, v)], before, new, ties=True)

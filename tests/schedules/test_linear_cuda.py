@@ -115,9 +115,10 @@ def test_it_compiles(name, arch):
 def test_tiles_fit_the_shared_memory():
     for arch, limit in (("sm_80", 166912), ("sm_86", 101376), ("sm_90a", 232448)):
         kernel = cuda_linear(SPECS["one"], target_of(arch)).script()
-        sizes = [int(line.split("alloc_buffer((")[1].split(",")[0]) for line in kernel.splitlines() if "shared_" in line
-                 and "alloc_buffer" in line]
-        assert sizes and all(2 * size <= limit for size in sizes)
+        lines = [line for line in kernel.splitlines() if "shared_" in line and "alloc_buffer" in line]
+        sizes = [int(line.split("alloc_buffer((")[1].split(",")[0]) for line in lines]
+        words = [4 if "uint32" in line else 2 for line in lines]
+        assert sizes and all(bytes_ * size <= limit for bytes_, size in zip(words, sizes, strict=True))
 
 
 @requires_gpu

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tvm
 from rotquant_tvm.schedules import dependent_launch_cuda
-from rotquant_tvm.schedules.rms_norm_cuda import rms_norm, takes_features
+from rotquant_tvm.schedules.knobs import with_knobs
+from rotquant_tvm.schedules.rms_norm_cuda import rms_norm, rms_norm_cuda, takes_features
 
 from rotquant_tvm.codegen import compile_module
+from rotquant_tvm.ops.rms_norm import rms_norm as rms_norm_definition
 
 from ..ops.conftest import has_gpu
 from .cuda_targets import cubin, target_of, this_gpu
@@ -29,6 +31,15 @@ def case(rows, features):
 def test_simulated(features):
     arrays, exact = case(3, features)
     TensorCoreGPU(rms_norm(features, 1e-5, 1, target_of("sm_90a")))(*arrays)
+    np.testing.assert_allclose(arrays[-1].astype("float64"), exact, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("threads", [64, 1024])
+def test_the_knob(threads):
+    """Blocks of fewer threads take several turns."""
+    arrays, exact = case(2, 4096)
+    definition = with_knobs(rms_norm_definition(4096, 1e-5, 1), {"threads": threads})
+    TensorCoreGPU(rms_norm_cuda(definition, target_of("sm_90a")))(*arrays)
     np.testing.assert_allclose(arrays[-1].astype("float64"), exact, rtol=2e-3, atol=1e-3)
 
 

@@ -7,6 +7,7 @@ import pytest
 import tvm
 from rotquant_tvm.schedules.attention_decode_llvm import attention_decode_llvm
 from rotquant_tvm.schedules.attention_prefill_llvm import attention_prefill_llvm
+from rotquant_tvm.schedules.integer_stream_llvm import has_integer_core
 from tvm.target import Target
 
 from rotquant_tvm.cache_policy import CachePolicy
@@ -55,9 +56,9 @@ def run(kernel, case, policy, target, arrays, out, **options):
     return result.numpy().astype(np.float64)
 
 
-def check(actual, expected):
+def check(actual, expected, most=5e-6):
     error = np.linalg.norm(actual - expected, axis=-1)
-    assert (error <= 5e-6 * np.linalg.norm(expected, axis=-1) + 1e-9).all(), error.max()
+    assert (error <= most * np.linalg.norm(expected, axis=-1) + 1e-9).all(), error.max()
 
 
 @pytest.mark.parametrize(("splits", "window"), [(5, 50), pytest.param(1, None, marks=pytest.mark.full)])
@@ -75,7 +76,8 @@ def test_decode(case, policy, target, splits, window):
         attention(q[b], seen[b, 0, :, :n], seen[b, 1, :, :n], SCALE, first=n - 1, **options)
         for b, n in enumerate(cache.lengths)
     ]
-    check(actual, np.stack(expected))
+    cpu = host_target() if target is None else Target(target)
+    check(actual, np.stack(expected), 5e-4 if has_integer_core(case.codecs, cpu) else 5e-6)
 
 
 @pytest.mark.parametrize("window", sampled([None, 50], [50]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import tvm
-from rotquant_tvm.schedules.vector_ops import LANES, across, exp2, lanes, register, sum_of_fours
+from rotquant_tvm.schedules.vector_ops import LANES, across, cast, exp2, lanes, register, side_by_side, sum_of_fours
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
@@ -56,3 +56,19 @@ def test_sums():
     y = apply(compiled(64, 32, body), x, 32)
     np.testing.assert_allclose(y[:16], x.reshape(16, 4).sum(1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(y[16:], np.full(16, x[:16].sum()), rtol=1e-5, atol=1e-6)
+
+
+def test_buffers_side_by_side_keep_apart():
+    def body(source, target):
+        shapes = (2, "float32"), (1, "int32"), (3, "float32")
+        placed = list(zip(side_by_side(*shapes), (0, 2, 3), shapes, strict=True))
+        for buffer, first, (count, dtype) in placed:
+            for n in range(count):
+                T.buffer_store(buffer, cast(source[lanes((first + n) * LANES)], dtype), [lanes(n * LANES)])
+        for buffer, first, (count, _) in placed:
+            for n in range(count):
+                T.buffer_store(target, cast(buffer[lanes(n * LANES)], "float32"), [lanes((first + n) * LANES)])
+
+    x = np.arange(96) + 0.5
+    expected = np.concatenate([x[:32], np.floor(x[32:48]), x[48:]])
+    np.testing.assert_array_equal(apply(compiled(96, 96, body), x, 96), expected)

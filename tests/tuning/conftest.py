@@ -15,7 +15,9 @@ from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
 from rotquant_tvm.tuning.device_identity import DeviceIdentity
 from rotquant_tvm.tuning.knob_space import knob_space, schedule_with
 from rotquant_tvm.tuning.log_store import TuningLog, write_log
+from rotquant_tvm.tuning.roofline import Roofline
 from rotquant_tvm.tuning.task_sources import pass_definitions
+from rotquant_tvm.tuning.trace_document import FAILED_SECONDS
 from rotquant_tvm.tuning.trials import Trial, best_entry
 from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
@@ -61,30 +63,30 @@ def task(definitions, llvm):
 
 def trial(task, knobs, seconds):
     """A trial as MetaSchedule records it."""
-    space = schedule_with_space(task)
-    sch = schedule_with(task.workload, space, knobs)
+    sch = schedule_with(task.workload, schedule_with_space(task, knobs), knobs)
     workload = ms.database.Workload(task.workload)
-    record = ms.database.TuningRecord(sch.trace, workload, [seconds], task.target, task.args_info)
-    return Trial(knobs, seconds, record)
+    times = [min(seconds, FAILED_SECONDS)]
+    record = ms.database.TuningRecord(sch.trace, workload, times, task.target, task.args_info)
+    return Trial(knobs, seconds, record.as_json())
 
 
-def schedule_with_space(task):
-    """The trace of a task's whole design space."""
+def schedule_with_space(task, names=None):
+    """The trace of a task's design space, or of the knobs ``names`` alone."""
     sch = tvm.s_tir.Schedule(task.workload)
-    knob_space(task.knobs)(sch)
+    knob_space({name: task.knobs[name] for name in task.knobs if names is None or name in names})(sch)
     return sch.trace
 
 
 def write_results(root, *results, device=None, bandwidth=1e11):
     """Write a log with one entry per (task, knobs, seconds), of a CPU or of ``device``; returns its folder."""
     entries = [
-        best_entry(task, [trial(task, {}, 1.0), *([trial(task, knobs, seconds)] if knobs else [])], bandwidth)
+        best_entry(task, [trial(task, {}, 1.0), *([trial(task, knobs, seconds)] if knobs else [])], Roofline(bandwidth))
         for task, knobs, seconds in results
     ]
     target = results[0][0].target
     identity = replace(DeviceIdentity("llvm-x86-64-v3", "a CPU", "llvm", "x86-64-v3"), **(device or {}))
-    cpu = {"kind": target.kind.name, "mcpu": str(target.attrs["mcpu"])}
-    log = TuningLog(identity.document(), cpu, tvm.__version__, LAYOUT_VERSION, bandwidth).merged(entries)
+    known = {"kind": target.kind.name} | {n: str(target.attrs[n]) for n in ("mcpu", "arch") if n in target.attrs}
+    log = TuningLog(identity.document(), known, tvm.__version__, LAYOUT_VERSION, bandwidth).merged(entries)
     write_log(root / identity.slug, log)
     return root / identity.slug
 

@@ -69,3 +69,11 @@ def test_only_schedules_count():
     found = module._with_imports("rotquant_tvm.schedules.attention_decode_llvm")
     assert "rotquant_tvm.schedules.attention_core_llvm" in found
     assert all(name.startswith("rotquant_tvm.schedules.") for name in found)
+
+
+def test_rules_do_not_count_for_each_other():
+    """The lists of rules import all of them; a change in append must not make attention stale."""
+    for name, other in (("attention_decode_cuda", "append_cuda"), ("rms_norm_cuda", "linear_cuda")):
+        found = module._with_imports(f"rotquant_tvm.schedules.{name}")
+        assert f"rotquant_tvm.schedules.{other}" not in found
+        assert not {f"rotquant_tvm.schedules.{registry}" for registry in module._REGISTRIES} & found

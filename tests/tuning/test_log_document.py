@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.tuning import log_document
-from rotquant_tvm.tuning.log_folders import FORMAT, MANIFEST_FILE, RECORD_FILE, VERSION, WORKLOAD_FILE
+from rotquant_tvm.tuning.log_folders import FORMAT, MANIFEST_FILE, RECORD_FILE, VERSION, WORKLOAD_FILE, is_log
 from rotquant_tvm.tuning.log_store import read_log
 
 RECORD = {
@@ -39,7 +40,7 @@ def write(folder, manifest=MANIFEST, workloads="[1]\n", records="[0,[2]]\n"):
 
 def test_the_example_is_a_log(folder):
     (entry,) = read_log(folder).entries
-    assert vars(entry.record) == RECORD and (entry.workload, entry.tuning_record) == ([1], [2])
+    assert vars(entry.record) == RECORD | {"flops": 0} and (entry.workload, entry.tuning_record) == ([1], [2])
 
 
 @pytest.mark.parametrize("slug", ["../../etc", "/tmp/x", "a/b", "", ".", "..", "a\n", "x" * 200, "A", 7, None])
@@ -55,8 +56,11 @@ def test_a_slug_is_a_plain_name(folder, slug):
         *((name, None) for name in RECORD if name not in ("rule_seconds", "share")),
         ("seconds", 0),
         ("seconds", -1.0),
-        ("seconds", float("nan")),
-        ("seconds", float("inf")),
+        ("bucket", {"batch": 0}),
+        ("date", "2026\x1b[2J"),
+        ("operator", "x" * 2000),
+        ("properties", {"a": [[[[[[[1]]]]]]]}),
+        ("properties", {"a": 2**70}),
         ("seconds", True),
         ("bucket", {"batch": "1"}),
         ("knobs", {"warps": 1.5}),
@@ -70,6 +74,74 @@ def test_every_entry_of_a_record_is_checked(folder, name, value):
     write(folder, MANIFEST | {"records": [RECORD | {name: value}]})
     with pytest.raises(UsageError, match=f"{name!r}"):
         read_log(folder)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000])
+def test_numbers_that_are_none(folder, number):
+    write(folder, json.dumps(MANIFEST).replace("1e-06", number))
+    with pytest.raises(UsageError, match="not JSON"):
+        read_log(folder)
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {"heads": "x"},
+        {"heads": 0, "kv_heads": 8},
+        {"heads": 8, "kv_heads": 0},
+        {"heads": -1},
+        {"structure": 7},
+        {"structure": [[1]]},
+        {"k": 7, "head_dim": "x"},
+        {"out_features": 5, "in_features": 1},
+        {"policy": {}},
+    ],
+)
+def test_properties_that_make_no_sense(folder, properties):
+    """They are compared and shown: neither may fail later."""
+    write(folder, MANIFEST | {"records": [RECORD | {"properties": properties}]})
+    try:
+        (record,) = read_log(folder).records
+    except UsageError as error:
+        assert "properties of record 0 make no sense" in str(error)
+    else:
+        assert record.key and isinstance(record.shape.label, str) and record.shape.distance(record.shape) == 0
+
+
+@pytest.mark.parametrize(
+    "target",
+    [{"kind": "llvm", "cl-opt": ["-info-output-file=/tmp/x"]}, {"kind": "cuda", "host": {"kind": "llvm", "jit": "x"}}],
+)
+def test_a_target_says_what_a_device_is_and_nothing_else(folder, target):
+    """LLVM's own options, for one, name files to write."""
+    write(folder, MANIFEST | {"target": target})
+    with pytest.raises(UsageError, match="'target' of the manifest"):
+        read_log(folder)
+
+
+def test_optional_entries(folder):
+    write(folder, MANIFEST | {"product_rate": 1e12, "records": [RECORD | {"flops": 7}]})
+    log = read_log(folder)
+    assert log.product_rate == 1e12 and log.records[0].flops == 7
+    for change in ({"product_rate": "fast"}, {"records": [RECORD | {"flops": None}]}):
+        write(folder, MANIFEST | change)
+        with pytest.raises(UsageError, match="damaged"):
+            read_log(folder)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, WORKLOAD_FILE, RECORD_FILE])
+def test_what_is_no_plain_file_is_not_waited_for(folder, name):
+    """A pipe has no end, and /dev/zero neither."""
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UsageError, match="no plain file"):
+        read_log(folder)
+    assert is_log(folder) == (name != MANIFEST_FILE)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match="no plain file"):
+        read_log(folder)
+    assert is_log(folder) == (name != MANIFEST_FILE)
 
 
 @pytest.mark.parametrize("name", [name for name in MANIFEST if name not in ("format", "version")])
@@ -109,7 +181,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([*MANIFEST]), PLAIN, st.sampled_from([*RECORD]), PLAIN, st.sampled_from([*DEVICE]), PLAIN)
 def test_any_json_ends_in_a_log_or_one_error(tmp_path, entry, value, field, content, device, what):
     changed = {"records": [RECORD | {field: content}], "device": DEVICE | {device: what}}

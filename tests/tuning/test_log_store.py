@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import random
+import signal
+import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 from tvm.s_tir import meta_schedule as ms
 
 from rotquant_tvm.errors import UsageError
-from rotquant_tvm.tuning.log_folders import MANIFEST_FILE, RECORD_FILE, WORKLOAD_FILE, is_log, log_folders
-from rotquant_tvm.tuning.log_store import read_log, write_log
+from rotquant_tvm.tuning.log_folders import MANIFEST_FILE, PENDING_FILE, RECORD_FILE, WORKLOAD_FILE, is_log, log_folders
+from rotquant_tvm.tuning.log_store import finish_write, read_log, write_log
 from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
 
@@ -94,3 +100,69 @@ def test_a_folder_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot write the tuning log"):
         write_log(tmp_path / "file" / "x", read_log(folder))
+
+
+@pytest.fixture
+def two_logs(folder):
+    """A log, and one with half of its records."""
+    log = read_log(folder)
+    return log, replace(log, entries=log.entries[:2])
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_write_that_is_cut_short(folder, two_logs, step, monkeypatch):
+    """After it there is the old log or the new one, whole; who tunes next finishes what was begun."""
+    old, new = two_logs
+    replace_file, left = os.replace, iter(range(step))
+
+    def cut(source, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", cut)
+    with suppress(KeyboardInterrupt):
+        write_log(folder, new)
+    monkeypatch.setattr(os, "replace", replace_file)
+    assert read_log(folder) == (new if step else old)
+    (folder / f".{MANIFEST_FILE}.x").write_text("{")
+    finish_write(folder)
+    assert read_log(folder) == (new if step else old)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([MANIFEST_FILE, WORKLOAD_FILE, RECORD_FILE])
+    assert len((folder / RECORD_FILE).read_text().splitlines()) == len((new if step else old).entries)
+
+
+def test_a_process_that_is_killed_while_it_writes(folder, two_logs):
+    rng = random.Random(0)
+    for _ in range(12):
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    for log in two_logs:
+                        write_log(folder, log)
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0.005, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert read_log(folder) in two_logs
+        finish_write(folder)
+        assert read_log(folder) in two_logs and len(list(folder.iterdir())) == 3
+
+
+def test_a_full_disk_leaves_the_old_log(folder, two_logs, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match=r"cannot write the tuning log .*No space left on device"):
+        write_log(folder, two_logs[1])
+    assert read_log(folder) == two_logs[0] and len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"manifest.json": 7}'])
+def test_a_damaged_pending_write(folder, text):
+    (folder / PENDING_FILE).write_text(text)
+    with pytest.raises(UsageError, match="damaged"):
+        read_log(folder)

@@ -127,9 +127,9 @@ def test_a_process_that_fails_is_replaced(task, llvm, tmp_path):
     try:
         with pytest.raises(DeviceError):
             process.measure(str(tmp_path / "nothing.so"), args_info(task))
-        bandwidth = process.bandwidth
+        roofline = process.roofline
         seconds = process.measure(built(task, tmp_path), args_info(task))
-        assert len(seconds) == 2 and 1e9 < process.bandwidth == bandwidth
+        assert len(seconds) == 2 and 1e9 < process.roofline.bandwidth and process.roofline == roofline
         process.timeout = 1e-3
         with pytest.raises(DeviceError, match=r"more than 0\.001 s"):
             process.measure(built(task, tmp_path), args_info(task))

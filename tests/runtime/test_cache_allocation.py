@@ -1,0 +1,78 @@
+"""Caches that do not fit: bytes asked, bytes free, and a capacity that does fit."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from rotquant_tvm.errors import DeviceError
+from rotquant_tvm.runtime import cache_allocation
+from rotquant_tvm.runtime.free_memory import usable
+
+
+@pytest.mark.parametrize("free", [0, 100, 4000, 15_000])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_capacity_that_is_told_fits(library, monkeypatch, free, batch):
+    """And one tile more would not."""
+    monkeypatch.setattr(cache_allocation, "free_bytes", lambda _device: free)
+    with pytest.raises(DeviceError) as error:
+        library.session(batch=batch, capacity=4096)
+    said = re.search(r"capacity (\d+) would fit", str(error.value))
+    if said is None:
+        assert library.info.cache_bytes(batch, 1) > usable(free) and "use a smaller batch" in str(error.value)
+    else:
+        fitting = int(said[1])
+        assert library.info.cache_bytes(batch, fitting) <= usable(free) < library.info.cache_bytes(batch, fitting + 32)
+
+
+def test_what_does_not_fit_is_not_allocated(library, monkeypatch):
+    monkeypatch.setattr(cache_allocation, "free_bytes", lambda _device: 20_000)
+    monkeypatch.setattr(cache_allocation, "_create", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(DeviceError, match=r"batch 2 x capacity 4096 takes 40.0 KiB and 19.5 KiB are free: .* 1888 "):
+        library.session(batch=2, capacity=4096)
+
+
+def test_a_device_that_refuses_is_asked_once_more_without_pools(library, monkeypatch):
+    calls, create = [], cache_allocation._create
+
+    def fail(times):
+        def attempt(*arguments):
+            calls.append(arguments)
+            if len(calls) <= times:
+                raise RuntimeError("context\nout of memory")
+            return create(*arguments)
+
+        calls.clear()
+        return attempt
+
+    monkeypatch.setattr(cache_allocation, "_create", fail(1))
+    assert library.session(capacity=64).batch == 1 and len(calls) == 2
+    monkeypatch.setattr(cache_allocation, "_create", fail(2))
+    monkeypatch.setattr(cache_allocation, "free_bytes", lambda _device: 1 << 40)
+    with pytest.raises(DeviceError, match=r"are free \(out of memory\); use a smaller capacity or batch"):
+        library.session(capacity=64)
+    monkeypatch.setattr(cache_allocation, "_create", fail(2))
+    monkeypatch.setattr(cache_allocation, "free_bytes", lambda _device: None)
+    with pytest.raises(DeviceError, match=r"takes 320 bytes \(out of memory\); use a smaller capacity or batch"):
+        library.session(capacity=64)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_caches_of_many_sizes_leave_nothing(library):
+    """90 MB together, of which a pool would keep a block of each size."""
+
+    def resident():
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for count in (1, 100, 200):
+        library.session(batch=64, capacity=15 * count)
+    before = resident()
+    for count in range(1, 201):
+        session = library.session(batch=64, capacity=15 * count)
+        session.prefill([[1, 2]] * 64)
+    assert resident() < before + (10 << 20)
