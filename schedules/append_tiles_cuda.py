@@ -71,6 +71,13 @@ class TileAppend:
         """Whether both rotations can be multiplied out and the block's memory is enough."""
         return self.warps > 0 and all(rotation.possible for rotation in self.rotations)
 
+    def tiles_per_warp(self, x: Any) -> Expr:
+        """How many tiles of rows ``x`` a warp has at most, of both roles (int64)."""
+        batch, kv_heads, seq, _ = x.shape
+        units = batch * kv_heads * ((seq + (2 * TOKENS - 2)) // TOKENS)
+        warps = self.blocks // 2 * 2 * self.warps
+        return (2 * units + (warps - 1)) // warps
+
     def launch(
         self, cache: Any, source: list[Any], coefficients: list[Any], lengths: tuple[Any, Any], resident: int
     ) -> None:

@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", choices=("cuda", "llvm"), default="cuda")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the caches")
     parser.add_argument(
         "--splits", type=int, nargs="+", default=SPLITS, help="the first is what others are compared to"
     )

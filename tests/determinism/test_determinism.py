@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from rotquant_tvm.formats import KVFormat
 
 from ..ops.conftest import has_gpu
 from ..sampling import sampled
-from .device_codes import DTYPES, FORMATS, compare
+from .device_codes import DTYPES, FORMATS, compare, counted, vectors
 from .split_counts import CASES, SPLITS, attend, difference
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +36,16 @@ def test_codes_differ_from_float64_only_within_rounding_of_a_boundary(text, dtyp
         assert count.farthest <= ROUNDING.get(kind_of_book, 4e-6), count
         assert count.differing <= max(2 * 128, 2e-3 * count.codes), count
         assert count.moved <= max(2, 0.01 * count.gains), count
+
+
+def test_a_code_that_is_wrong_is_counted():
+    codec, x = KVFormat.parse("iso3").codec(128, 1), vectors("float32", 20)
+    exact = codec.encode(x)
+    wrong = codec.encode(x * (1 + 0.01 * np.random.default_rng(0).standard_normal(x.shape)))
+    count = counted(codec, x, (wrong, exact), "noisy")
+    assert count.differing > 20 and count.farthest > 1e-5 and count.moved > 0 and not count.repeated
+    count = counted(codec, x, (exact, exact), "exact")
+    assert (count.differing, count.farthest, count.moved, count.repeated) == (0, 0.0, 0, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
