@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+from rotquant_tvm.schedules import append_cuda
 
 from ..ops.cases import Case
 from ..ops.test_append import check_append, random_step
@@ -29,6 +31,15 @@ def test_new_tokens_are_encoded_and_nothing_else_changes(rng, case):
     before, new = [31, 5, 64, 90], [34, 0, 20, 10]
     cache, k, v = random_step(rng, case, new, "float16")
     after = append_on_few_multiprocessors(shape_of(case), case.codecs, cache, (k, v), before, new)
+    check_append(case, cache, after, (k, v), before, new)
+
+
+@pytest.mark.parametrize("new", [[3, 0], [34, 20]], ids=["few", "many"])
+def test_many_tiles_take_fewer_warps(rng, new):
+    case, before = Case("f16/iso3", 64, 1, 1), [31, 5]
+    cache, k, v = random_step(rng, case, new, "float16")
+    with patch.multiple(append_cuda, WARPS_OF_MANY=2, TILES_OF_MANY=1):
+        after = append_on_few_multiprocessors(shape_of(case), case.codecs, cache, (k, v), before, new)
     check_append(case, cache, after, (k, v), before, new)
 
 
