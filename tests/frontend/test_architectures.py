@@ -24,7 +24,9 @@ MIXED = ("hurwitz3", "0=f16")
 CAPACITY = 128
 ROUNDING = 1e-5
 """Of the largest logit: float32 sums in another order, between computations over the same stored codes."""
-BOUNDARY = 1e-5
+BYTES = 2e-4
+"""The same after a decode step: where the CPU multiplies bytes, queries and weights have 15 bits and a sign."""
+BOUNDARY = 2e-4
 """Of a vector's largest element: how far from a boundary the values are whose codes torch chooses otherwise."""
 HALF = 1e-3
 """Of the largest logit: what rounding keys and values to 16 bits (2⁻¹¹ each) may move, through two layers."""
@@ -45,9 +47,12 @@ def check_replay(architecture: Architecture, turns: list[Turn], formats: tuple[s
     config = KVCacheConfig.parse(*formats)
     expected, count, furthest = replay(architecture.model(), turns, config, architecture.windows)
     size = max(np.abs(logits).max() for logits in expected)
-    error = max(np.abs(turn.logits - logits).max() for turn, logits in zip(turns, expected, strict=True))
-    print(f"error {error / size:.1e} of the largest logit, {count} codes differ, by {furthest:.1e} at most")
-    assert size > 0.5 and error <= ROUNDING * size
+    errors = {False: 0.0, True: 0.0}
+    for turn, logits in zip(turns, expected, strict=True):
+        errors[turn.decode] = max(errors[turn.decode], np.abs(turn.logits - logits).max() / size)
+    told = f"{errors[False]:.1e} and (decode) {errors[True]:.1e} of the largest logit"
+    print(f"error {told}, {count} codes differ, by {furthest:.1e} at most")
+    assert size > 0.5 and errors[False] <= ROUNDING and errors[True] <= BYTES
     assert furthest <= BOUNDARY
     return size
 

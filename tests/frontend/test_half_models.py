@@ -61,7 +61,7 @@ def test_a_conversation_is_computed_in_float32_over_the_models_own_weights(case)
     """Numbers in a model's code, as of an approximate GELU, are in its dtype; where there are none all is float32."""
     step = STEP[case[1]]
     from_exact, from_own, between, furthest = distances(case)
-    limit = step / 16 if case[0] == "phi" else 1e-5
+    limit = step / 16 if case[0] == "phi" else 2e-4  # what decode steps over packed codes may differ by
     assert from_exact <= limit and furthest <= limit
     assert from_own <= 6 * step
     assert between > step / 4  # the dtype does show

@@ -143,7 +143,7 @@ def shared_bytes(source: str) -> dict[str, int]:
     return found
 
 
-LONG = {"rings", "policy", "append", "dequantize_cache", "segmented decode", "attention_prefill"}
+LONG = {"rings", "policy", "append", "dequantize_cache", "segmented decode", "attention_prefill", "rotated prefill"}
 """Operators whose many kernels take nvcc long."""
 
 

@@ -31,6 +31,7 @@ from ..ops.test_append import (  # noqa: F401 (tests of the definition, collecte
     test_token_by_token_is_the_same_as_all_at_once,
     test_tokens_past_the_capacity_are_dropped,
 )
+from ..sampling import sampled
 from .cuda_targets import ARCHITECTURES, cubin, target_of
 from .hand_laid_writers import HandLaidWriters
 
@@ -74,7 +75,8 @@ def test_other_formats(kernels, rng, case, dtype):
     cache, k, v = random_step(rng, case, new, dtype)
     after = append(kernels, case, cache, k, v, before, new)
     check_append(case, cache, after, (k, v), before, new)
-    assert ops.append in kernels.laid_out
+    declined = append_kernel(shape_of(case, dtype), kernels.target) is None
+    assert ops.append in kernels.laid_out or declined
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["tiles", "single"])
@@ -168,7 +170,7 @@ def test_an_append_that_waits_for_an_attention():
         assert [p.name for p in kernel.params] == [p.name for p in func.params]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", sampled(ARCHITECTURES, ARCHITECTURES[-1:]))
 @pytest.mark.parametrize(
     "case",
     [Case("hurwitz3:ip/hurwitz3", 128, 8, 8), Case("rotor3/q8_0", 80, 2, 2), Case("f16/q4_0", 64, 2, 2)],

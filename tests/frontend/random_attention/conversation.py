@@ -25,6 +25,8 @@ from .torch_decoder import torch_decoder, transformers_decoder
 
 ROUNDING = 2e-5
 """Of the largest logit: float32 sums in another order over the same stored keys and values."""
+BYTES = 2e-4
+"""The same of a decode step: where the CPU multiplies bytes, queries and weights have 15 bits and a sign."""
 
 
 def imported(drawn: Drawn) -> ImportedModel:
@@ -117,7 +119,8 @@ class Conversation:
             wanted = self._reference(row, ids[row], int(starts[row]), before if chunk else after, chunk)
             worst = max(worst, np.abs(logits[row] - wanted).max() / np.abs(wanted).max())
             self._check_stored(row, before, after)
-        assert worst <= ROUNDING, f"logits differ by {worst:.1e} of the largest after {starts} + {counts} tokens"
+        allowed = BYTES if decode and not alone else ROUNDING
+        assert worst <= allowed, f"logits differ by {worst:.1e} of the largest after {starts} + {counts} tokens"
         return worst
 
     def _arrays(self) -> list[LayerArrays]:
