@@ -29,8 +29,9 @@ from .attention_module import READ, attention_module, take_rotations, with_read
 FOLDER = "attention"
 """Where the compile cache keeps these, apart from whole models."""
 KEEP = 64
-_FOR_WEIGHTS = ("FoldRotation", "PackLinearWeights", "JoinLinearWeights", "FuseRMSNorm")
-"""Passes that would take queries, keys and values for weights, or have nothing to do without any."""
+_LEFT_OUT = ("FoldRotation", "PackLinearWeights", "JoinLinearWeights", "FuseRMSNorm", "FusePrefillRotation")
+"""Passes that would take queries, keys and values for weights, or have nothing to do without any; the last one would
+make one layer's rotation a constant of the library that serves all layers."""
 
 
 class AttentionLibrary:
@@ -83,17 +84,22 @@ def _saver(executable: Any, info: dict[str, Any], target: tvm.target.Target) -> 
     return lambda path: write_artifact(path, write, {}, kv_cache_info=info, target=str(target))
 
 
+def _functions(geometry: AttentionGeometry, target: tvm.target.Target) -> tvm.IRModule:
+    """The library's functions, which hold nothing of any one layer."""
+    passes = [step for step in kv_passes(geometry.config(), target) if str(step.info.name) not in _LEFT_OUT]
+    mod = run_passes(attention_module(geometry), passes, target)
+    if geometry.readable:
+        with target:
+            mod = with_read(mod, geometry)
+    return take_rotations(mod, geometry)
+
+
 def _compile(geometry: AttentionGeometry, target: tvm.target.Target) -> tuple[Any, dict[str, Any]]:
     """Compile a geometry; returns TVM's executable and what its ``kv_cache_info`` says."""
     from ..passes.quantize_kv_cache import read_cache_info, with_cache_info
 
-    passes = [step for step in kv_passes(geometry.config(), target) if str(step.info.name) not in _FOR_WEIGHTS]
     with pass_context(PassHooks()):
-        mod = run_passes(attention_module(geometry), passes, target)
-        if geometry.readable:
-            with target:
-                mod = with_read(mod, geometry)
-        mod = run_passes(take_rotations(mod, geometry), operator_passes(target), target)
+        mod = run_passes(_functions(geometry, target), operator_passes(target), target)
         info = read_cache_info(mod) | {"weights": []} | session_limits(mod, target)
         return compile_module(with_cache_info(mod, info), target), info
 

@@ -134,6 +134,6 @@ class _TakeRotations(PyExprMutator):  # type: ignore[misc]
         for name, data in self.known.items():
             if value.dtype == np.float32 and np.array_equal(value, data):
                 return self.params[name]
-        if value.ndim == 1 and value.size > 1:  # only rotations have so many; the layers would share this one
+        if value.size > 1:  # only rotations have so many; the layers would share this one
             raise RuntimeError("a constant of the attention is none of its rotations")
         return constant

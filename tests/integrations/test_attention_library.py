@@ -13,10 +13,9 @@ from rotquant_tvm.errors import DeviceError, FormatError, ModelError, UsageError
 from rotquant_tvm.integrations import attention_library as home
 from rotquant_tvm.integrations.attention_geometry import AttentionGeometry, layer_rotations
 from rotquant_tvm.integrations.attention_library import AttentionLibrary, attention_library
-from rotquant_tvm.integrations.attention_module import attention_module, take_rotations
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.pass_hooks import PassHooks
-from rotquant_tvm.pipeline import kv_passes, pass_context, run_passes
+from rotquant_tvm.pipeline import pass_context
 from rotquant_tvm.target import resolve_target
 
 from ..sampling import sampled
@@ -29,15 +28,19 @@ SHAPE = AttentionGeometry(4, 2, 32, float(np.float32(32**-0.5)), None, None, "fl
 
 def passed(geometry: AttentionGeometry, target) -> tvm.IRModule:
     """The module after the KV passes, with rotations as parameters."""
-    steps = [step for step in kv_passes(geometry.config(), target) if str(step.info.name) not in home._FOR_WEIGHTS]
     with pass_context(PassHooks()):
-        return take_rotations(run_passes(attention_module(geometry), steps, target), geometry)
+        return home._functions(geometry, target)
 
 
-@pytest.mark.parametrize("target", ["llvm", H100], ids=["llvm", "cuda"])
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("llvm", "float32"), (H100, "float32"), (H100, "float16")],
+    ids=["llvm", "cuda", "cuda-float16"],
+)
 @pytest.mark.parametrize("formats", ["hurwitz3", "iso4/f16", "turbo2.5/q8_0", "f16"])
-def test_rotations_become_parameters(formats, target):
-    geometry = AttentionGeometry(4, 2, 64, 0.25, None, None, "float32", formats, "")
+def test_rotations_become_parameters(formats, target, dtype):
+    """No layer's rotation is a constant, in whatever form: one library serves all layers."""
+    geometry = AttentionGeometry(4, 2, 64, 0.25, None, None, dtype, formats, "")
     target = resolve_target(tvm.target.Target(target) if isinstance(target, dict) else target)
     mod = passed(geometry, target)
     names = list(layer_rotations(geometry.config(), 0, 1, 64))
