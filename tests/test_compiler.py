@@ -139,6 +139,7 @@ def test_bytes_are_the_reports(case):
     assert model.report["layers_rewritten"] == 2 and model.report["model_type"] == CASES[case][0].lower()
 
 
+@pytest.mark.full
 def test_the_report_of_layer_overrides():
     report = compiled("layers").report
     assert [(layer["k"], layer["v"]) for layer in report["layers"]] == [("f16", "f16"), ("q8_0", "rotor4")]
