@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,7 +77,8 @@ class TuningTask:
     @cached_property
     def workload_document(self) -> list[str]:
         """The workload as MetaSchedule's database has it: its hash and its text."""
-        return [str(part) for part in Workload(self.workload).as_json()]
+        number, text = Workload(self.workload).as_json()
+        return [str(number), compact_text(str(text))]
 
     @property
     def sizes(self) -> list[Any]:
@@ -130,3 +133,10 @@ def without_choice(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
 def _text(value: object) -> str:
     return json.dumps(value, sort_keys=True)
+
+
+def compact_text(text: str) -> str:
+    """A workload's text without the JSON's blanks, which are half of it: base64 of a length (uint64) and the JSON."""
+    document = json.loads(base64.b64decode(text)[8:])
+    compact = json.dumps(document, separators=(",", ":")).encode()
+    return base64.b64encode(struct.pack("<Q", len(compact)) + compact).decode()
