@@ -15,6 +15,7 @@ from tvm import relax, tirx
 from tvm.tirx import compilation_pipeline
 from tvm_ffi import structural_walk
 
+from .cuda_compiler import compiling_here
 from .device_code import kept_source
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     """``tvm.compile`` for a module of scheduled TensorIR, TIRx kernels and Relax functions.
 
     On CUDA the Relax functions hold calls of kernels and views alone, of which TVM's own pipeline would make kernels.
+    Raises DeviceError if CUDA code is to be compiled for the GPU at hand and cannot be.
     """
     relax_pipeline = _lower_calls() if target.kind.name == "cuda" else "default"
-    with kept_source(target):
+    with kept_source(target), compiling_here(target):
         return tvm.compile(mod, target, relax_pipeline=relax_pipeline, tir_pipeline=PIPELINE)
 
 

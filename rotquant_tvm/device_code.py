@@ -11,9 +11,7 @@ the code. Texts, vectors and bytes all begin with their number of entries as a u
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 
-from .errors import DeviceError
+from .cuda_compiler import KEEP_SOURCE, compile_error, cuda_compiler
 from .runtime.requirements import runs_on
 from .tuning.device_identity import same_arch
 
@@ -33,9 +31,6 @@ _HOST_CODE = "_lib"
 
 _MAGIC = (b"\x7fELF", b"\x50\xed\x55\xba")
 """How a cubin and a fatbin begin."""
-
-_KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
-"""The variable that makes TVM behave as without a driver."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +73,6 @@ class PackedImports:
         return str(path)
 
 
-def cuda_compiler() -> str | None:
-    """The CUDA compiler to use: "nvcc", "nvrtc" (of the package cuda-bindings) or, if there is neither, None."""
-    wanted = os.environ.get("TVM_CUDA_COMPILE_MODE", "").lower()
-    if wanted in ("nvcc", "nvrtc"):
-        return wanted
-    if shutil.which("nvcc"):
-        return "nvcc"
-    return "nvrtc" if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings") else None
-
-
 @contextmanager
 def kept_source(target: tvm.target.Target) -> Iterator[None]:
     """Let TVM keep CUDA code as source inside the block, if the device at hand could not run it.
@@ -98,14 +83,14 @@ def kept_source(target: tvm.target.Target) -> Iterator[None]:
     if target.kind.name != "cuda" or version is None or runs_on(str(target.attrs["arch"]), "cuda", version):
         yield
         return
-    before = os.environ.get(_KEEP_SOURCE)
-    os.environ[_KEEP_SOURCE] = "1"
+    before = os.environ.get(KEEP_SOURCE)
+    os.environ[KEEP_SOURCE] = "1"
     try:
         yield
     finally:
-        del os.environ[_KEEP_SOURCE]
+        del os.environ[KEEP_SOURCE]
         if before is not None:
-            os.environ[_KEEP_SOURCE] = before
+            os.environ[KEEP_SOURCE] = before
 
 
 def _version_here() -> str | None:
@@ -144,11 +129,8 @@ def _cubin(source: str, target: tvm.target.Target, compiler: str) -> bytes:
     try:
         with target:  # the options of both compilers depend on it
             return bytes(nvcc.compile_cuda(source, "cubin", arch=arch, compiler=compiler))
-    except Exception as error:  # its message is the whole source, then what the compiler said
-        _, _, words = str(error).rpartition("Compilation error:")
-        said = [line.strip() for line in words.splitlines() if "error" in line.lower()]
-        reason = said[0] if said else f"{type(error).__name__} {words.strip()[-200:]}"
-        raise DeviceError(f"{compiler} cannot compile the kernels for {arch}: {reason}") from error
+    except Exception as error:
+        raise compile_error(compiler, arch, error) from error
 
 
 def _modules(module: Any, kind: str) -> Iterator[Any]:

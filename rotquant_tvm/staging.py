@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .durable import sync_contents, sync_name
 from .errors import UsageError
 from .process_locks import is_abandoned, locked_folder
 
@@ -63,19 +64,22 @@ def move_into_place(folder: Path, final: Path) -> None:
     """Give a folder its final name; a folder that has it already ends up under the old name of the new one.
 
     The two change places in one step where the system can do that (Linux), so that the name is never without a folder.
-    Elsewhere the old one is renamed first, to ``.NAME.RANDOM.replaced``. Raises OSError; then ``final`` is as before.
+    Elsewhere the old one is renamed first, to ``.NAME.RANDOM.replaced``. What is in the folder is on the disk before.
+    Raises OSError; then ``final`` is as before.
     """
+    sync_contents(folder)
+    retired = folder.with_suffix(".replaced")
     if not final.is_dir():
         folder.rename(final)
     elif not _exchange(folder, final):
-        retired = folder.with_suffix(".replaced")
         final.rename(retired)
         try:
             folder.rename(final)
         except OSError:
             retired.rename(final)
             raise
-        shutil.rmtree(retired, ignore_errors=True)
+    sync_name(final)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -55,7 +55,7 @@ def _parse(text: str) -> tvm.target.Target:
         except Exception as error:
             raise DeviceError(
                 "target 'cuda' means the GPU at hand and there is none here; name one, like "
-                "'nvidia/nvidia-h100' or 'cuda -arch=sm_90a'"
+                "'nvidia/nvidia-h100' or 'cuda -arch=sm_90a', or take 'llvm', this CPU"
             ) from error
     try:
         return tvm.target.Target(_attributes(text) if " " in text and not text.startswith("{") else text)

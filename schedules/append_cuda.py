@@ -13,6 +13,7 @@ from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 from .append_tiles_cuda import TileAppend
 from .append_token_cuda import TokenAppend
 from .cuda_target import compute_capability, dynamic_shared_memory, multiprocessors
+from .dependent_launch_cuda import starts_early
 from .knobs import chosen_knobs
 from .tile_codes_cuda import supported
 
@@ -82,7 +83,7 @@ def append_kernel(
         if after:
             T.arg("seen", T.buffer((batch, seq, after, head_dim), shape.dtype))
         arguments = (cache, source, rotations, lengths)
-        token_launch = TokenAppend(layout, codecs, shape.dtype)
+        token_launch = TokenAppend(layout, codecs, shape.dtype, starts_early(target))
 
         def launch_tiles() -> None:
             if not for_many or for_many[0].warps == tiles_launch.warps:

@@ -17,6 +17,7 @@ from rotquant_tvm.ops.codec_shape import CodecShape
 from rotquant_tvm.ops.tile_access import gain_position
 
 from .cuda_ops import WARP, Registers, i32, load_words, prmt, scalar, store_words, u32, warp_sync
+from .dependent_launch_cuda import let_next_start, wait_for_inputs
 from .tile_encoder_cuda import TileEncoder
 from .tile_lane_cuda import Lane
 from .tile_pack_cuda import TileStores
@@ -31,9 +32,11 @@ Expr = Any
 class TokenAppend:
     """The launch for one new token per sequence; ``codecs`` are K's and V's."""
 
-    def __init__(self, layout: TileLayout, codecs: tuple[Codec, Codec], dtype: str) -> None:
-        """Plan it, emitting nothing."""
-        self.layout, self.codecs, self.dtype = layout, codecs, dtype
+    def __init__(
+        self, layout: TileLayout, codecs: tuple[Codec, Codec], dtype: str, starts_early: bool = False
+    ) -> None:
+        """Plan it, emitting nothing; ``starts_early``: see ``dependent_launch_cuda``."""
+        self.layout, self.codecs, self.dtype, self.starts_early = layout, codecs, dtype, starts_early
         access = "float32" if dtype == "float32" else "float16"
         self.lanes = VectorLanes.choose(layout.head_dim, access, elements=4)
         self.shapes = [CodecShape.describe(codec, access) for codec in codecs]
@@ -49,10 +52,14 @@ class TokenAppend:
         batch, kv_heads, _, _ = source[0].shape
         with T.launch_thread("blockIdx.x", batch * kv_heads * 2) as block:
             with T.launch_thread("threadIdx.x", WARP) as thread:
+                let_next_start(self.starts_early)
+                wait_for_inputs(self.starts_early)
                 block, lane = scalar(i32(block)), scalar(i32(thread))
                 b, head = scalar(block // (2 * i32(kv_heads))), scalar(block // 2 % i32(kv_heads))
-                length, count = scalar(lengths[0][b]), scalar(lengths[1][b])
-                position = scalar(length - 1)
+                counts = Registers(2, "int32")
+                for n, array in enumerate(lengths):
+                    load_words(counts, n, array, [b], 1, "global")
+                position, count = scalar(counts[0] - 1), counts[1]
                 tile = scalar(position // TOKENS)
                 place = (b.astype("int64"), head.astype("int64"), tile.astype("int64"))
                 new = scalar(tir.all(count > 0, place[2] < cache.shape[2]).astype("int32"))
@@ -88,7 +95,7 @@ class TokenAppend:
         core = VectorCore(self.shapes[role], self.lanes, codes=True)
         core.place(at.lane)
         raw = self.lanes.raw()
-        self.lanes.load(raw, x, [*at.place[:2], 0], core.lane)
+        self.lanes.load(raw, x, [*at.place[:2], 0], core.lane, "global")
         stores = TileStores(at.cache, self.layout, Lane("kv"[role], self.layout.head_dim, at.lane))
         writer = _TokenWriter(stores, at)
         core.load(coefficients, at.lane, 1)

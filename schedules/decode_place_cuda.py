@@ -18,8 +18,9 @@ Expr = Any
 class DecodePlace:
     """A *stream* is up to eight query heads of a kv head of a sequence; a block serves one of its ``splits``.
 
-    ``b``: the sequence. ``head``: the kv head. ``head_block``: which of the kv head's streams. ``stream``: the stream's
-    number among all. ``rows``: its query heads. All expressions int32.
+    ``row_blocks``: how many of these, the last ones, have rows in 16 bits instead of tiles: 1, or 0, in which case the
+    others share the rows. ``b``: the sequence. ``head``: the kv head. ``head_block``: which of the kv head's streams.
+    ``stream``: the stream's number among all. ``rows``: its query heads. All expressions int32.
     """
 
     shape: SiteShape
@@ -31,6 +32,7 @@ class DecodePlace:
     stream: Expr
     split: Expr
     splits: Expr
+    row_blocks: Expr
     thread: Expr
     lane: Expr
     warp: Expr
@@ -47,8 +49,18 @@ class DecodePlace:
 
     @property
     def step(self) -> Expr:
-        """Warps that share the stream."""
-        return self.splits * self.warps
+        """Warps that share the stream's tiles."""
+        return self.tile_splits * self.warps
+
+    @property
+    def tile_splits(self) -> Expr:
+        """Blocks that share the stream's tiles."""
+        return self.splits - self.row_blocks
+
+    @property
+    def has_tiles(self) -> Expr:
+        """Whether the block is one of these."""
+        return self.split < self.tile_splits
 
     @property
     def narrow(self) -> bool:

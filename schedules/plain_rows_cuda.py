@@ -135,10 +135,13 @@ class PlainShare:
     def __init__(self, place: DecodePlace, rows: PlainRows, slots: SumSlots, bounds: tuple[Expr, Expr, Expr]) -> None:
         """Begin to bring the first rows nearer. ``bounds``: see ``PlainRows.turns``."""
         self.place, self.rows, self.slots = place, rows, slots
-        # From the last warps of every block on, which have no more tiles than others.
+        # From the last warps of every block on, which have no more tiles than others; or those of one block only.
         behind = place.warps - 1 - place.warp, place.splits - 1 - place.split
-        self._first = scalar(behind[0] * place.splits + behind[1])
-        self._turns = scalar(rows.turns(bounds) - self._first)
+        apart = scalar((place.row_blocks > 0).astype("int32"))
+        among = scalar(tir.Select(apart > 0, i32(1), place.splits))
+        self._first, self._step = scalar(behind[0] * among + behind[1]), scalar(among * place.warps)
+        none = (apart > 0) & place.has_tiles
+        self._turns = scalar(tir.Select(none, i32(0), rows.turns(bounds) - self._first))
         # Streams of one block are those of large batches: memory is busy then, and the rows come no sooner.
         with T.If((self._turns > 0) & (place.splits > 1)), T.Then():
             rows.approach(place.lane, self._first)
@@ -148,8 +151,7 @@ class PlainShare:
         place, rows = self.place, self.rows
         with T.If(self._turns > 0), T.Then():
             rows.keys.start(queries.load, queries.scale)
-            step = scalar(place.step)
-            rows.stream(place.lane, self._first, scalar((self._turns - 1) // step), step)
+            rows.stream(place.lane, self._first, scalar((self._turns - 1) // self._step), self._step)
             self.slots.put(rows.weights, place.warp, place.lane, lambda j, half: rows.place(place.lane, j, half))
 
     def add_to(self, own: SumSlots, scale: float) -> None:

@@ -58,6 +58,7 @@ class CudaDevice(BenchmarkDevice):
         super().__init__(target, CudaTimer(self.torch, samples))
         properties = self.torch.cuda.get_device_properties(0)
         self.name, self.cache_bytes = properties.name, int(properties.L2_cache_size)
+        self.unit = str(getattr(properties, "uuid", ""))
         self.torch.manual_seed(0)
 
     def words(self, shape: Shape) -> Any:

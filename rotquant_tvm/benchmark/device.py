@@ -23,9 +23,13 @@ Shape = tuple[int, ...]
 
 
 class BenchmarkDevice(ABC):
-    """Arrays, timers and bandwidth of one device; ``target`` is what its kernels are compiled for."""
+    """Arrays, timers and bandwidth of one device; ``target`` is what its kernels are compiled for.
+
+    ``unit`` tells it from others of the same ``name`` in the machine.
+    """
 
     name: str
+    unit: str = ""
     cache_bytes: int
 
     def __init__(self, target: tvm.target.Target, timer: Any) -> None:

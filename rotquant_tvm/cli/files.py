@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from rotquant_tvm.durable import replace_file
 from rotquant_tvm.errors import UsageError
 
 
@@ -36,7 +37,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], option: str) ->
         mask = os.umask(0)
         os.umask(mask)
         partial.chmod(0o666 & ~mask)  # temporary files are private, results are not
-        partial.replace(path)
+        replace_file(partial, path)
     except OSError as error:
         raise UsageError(f"{option}: cannot write {path}: {error.strerror or error}") from error
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import tvm_ffi
 from tvm.runtime import Device, Tensor
@@ -11,8 +12,10 @@ from tvm.runtime.vm import VirtualMachine
 from rotquant_tvm.cache_policy import TILE_TOKENS
 from rotquant_tvm.errors import DeviceError
 from rotquant_tvm.runtime.cache_info import KVCacheInfo
-from rotquant_tvm.runtime.device import reason
-from rotquant_tvm.runtime.free_memory import free_bytes, largest, size_text, usable
+from rotquant_tvm.runtime.device import forget_cuda_error, reason
+from rotquant_tvm.runtime.free_memory import check_room, free_bytes, largest, size_text, usable
+
+Made = TypeVar("Made")
 
 
 def create_arrays(
@@ -28,13 +31,37 @@ def create_arrays(
         if free is not None and info.cache_bytes(batch, capacity) > usable(free):
             raise no_room(info, device, batch, capacity)
     try:
-        return _create(machine, batch, capacity)
-    except Exception:  # pools may keep memory that nobody uses
-        tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()
-    try:
-        return _create(machine, batch, capacity)
+        return _tried_twice(lambda: _create(machine, batch, capacity))
     except Exception as error:
         raise no_room(info, device, batch, capacity, reason(error)) from error
+
+
+def allocated_copy(device: Device, needed: int, what: str, remedy: str, make: Callable[[], Made]) -> Made:
+    """Return what ``make`` allocates on ``device`` and fills, ``needed`` bytes.
+
+    Raises DeviceError, which says ``what`` cannot be done, with the bytes asked for and those that are free.
+    """
+    check_room(device, needed, what, remedy)
+    try:
+        return _tried_twice(make)
+    except Exception as error:
+        error.with_traceback(None)  # its frames hold what had been allocated
+        free = free_bytes(device)
+        sizes = f"{size_text(needed)} are needed" + ("" if free is None else f" and {size_text(free)} are free")
+        raise DeviceError(f"{what}: {sizes} ({reason(error)}); {remedy}") from error
+
+
+def _tried_twice(make: Callable[[], Made]) -> Made:
+    """Call ``make``, and once more without the memory that pools keep and nobody uses."""
+    try:
+        return make()
+    except Exception:
+        forget_cuda_error()
+        tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()
+    try:
+        return make()
+    finally:
+        forget_cuda_error()
 
 
 def _create(machine: Callable[[], VirtualMachine], batch: int, capacity: int) -> list[Tensor]:

@@ -10,8 +10,7 @@ from tvm.runtime import Device, Tensor
 
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
 from rotquant_tvm.errors import UsageError
-from rotquant_tvm.runtime.device import device_errors
-from rotquant_tvm.runtime.free_memory import check_room
+from rotquant_tvm.runtime.cache_allocation import allocated_copy
 from rotquant_tvm.runtime.written_tokens import WrittenTokens
 from rotquant_tvm.window_ring import WindowRing
 
@@ -172,10 +171,10 @@ class CacheArrays:
     def copy(self) -> CacheArrays:
         """Return an independent copy on the same device; raises DeviceError if it does not fit."""
         what, remedy = "cannot copy the KV cache", "free memory on the device or use a smaller capacity"
-        check_room(self.device, self.nbytes, what, remedy)
-        with device_errors(what, remedy):
-            copies = [tensor.copyto(self.device) for tensor in self.tensors]
-            return self._like(copies, range(self.batch))
+        copies = allocated_copy(
+            self.device, self.nbytes, what, remedy, lambda: [tensor.copyto(self.device) for tensor in self.tensors]
+        )
+        return self._like(copies, range(self.batch))
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> CacheArrays:
         """Return a cache whose sequence i is a copy of sequence ``indices[i]``; any number of them.
@@ -189,9 +188,11 @@ class CacheArrays:
             raise UsageError(f"reorder({indices!r}): the sequences are numbered 0 to {self.batch - 1}")
         rows = [int(index) for index in order]
         what, remedy = "cannot reorder the KV cache", "free memory on the device or use fewer sequences"
-        check_room(self.device, self.nbytes // self.batch * len(rows), what, remedy)
-        with device_errors(what, remedy):
-            return self._like([_gather(tensor, rows, self.device) for tensor in self.tensors], rows)
+        needed = self.nbytes // self.batch * len(rows)
+        copies = allocated_copy(
+            self.device, needed, what, remedy, lambda: [_gather(tensor, rows, self.device) for tensor in self.tensors]
+        )
+        return self._like(copies, rows)
 
     def _like(self, tensors: Sequence[Tensor], order: Sequence[int]) -> CacheArrays:
         """The cache of copies of this one's sequences ``order``."""

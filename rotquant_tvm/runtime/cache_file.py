@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from tvm.runtime import Tensor
 
 from rotquant_tvm.cache_policy import CachePolicy
+from rotquant_tvm.durable import replace_file
 from rotquant_tvm.errors import ArtifactError
 from rotquant_tvm.runtime.cache_arrays import CacheArrays
 from rotquant_tvm.staging import staging_folder, write_error
@@ -62,7 +63,7 @@ def save_cache(path: str | os.PathLike[str], cache: CacheArrays, used: CacheArra
             raise FileNotFoundError(errno.ENOENT, "its folder does not exist")
         with staging_folder(final) as folder:
             safetensors.numpy.save_file(arrays, folder / final.name, metadata)
-            os.replace(folder / final.name, final)
+            replace_file(folder / final.name, final)
     except (OSError, SafetensorError) as error:
         raise write_error(final, error, sum(array.nbytes for array in arrays.values())) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import tvm
 from tvm.base import _LOADED_LIBS
@@ -56,6 +56,17 @@ def device_errors(what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DeviceError(f"{what}: {reason(error)}; {remedy}") from error
+    finally:
+        forget_cuda_error()
+
+
+def forget_cuda_error() -> None:
+    """Take the error of a call that CUDA refused out of its runtime.
+
+    It would stay there for whoever asks next: torch in the same process would find an allocation of its own refused.
+    """
+    with suppress(KeyError, AttributeError):  # without CUDA; a stand-in for its library
+        _LOADED_LIBS[_CUDA_RUNTIME].cudaGetLastError()
 
 
 def reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,12 +13,20 @@ from tvm.runtime import Module
 def load_module(path: Path) -> Module:
     """Load the library file ``path``; raises what TVM raises.
 
-    It is loaded under a name that was never used before: asked for a path that it has loaded once, the system's loader
-    returns the library of then, even if the file is another one by now. ``tvm.runtime.load_module`` keeps every library
-    until the process ends, and 85 KB or more of what it read at each load; here the library's users keep it.
+    A copy is loaded. Of a file that is loaded already the system's loader would return the library that is there, whose
+    kernels TVM looks up in the module that was loaded last: once that one has gone, the other's next new kernel on a GPU
+    ends the process. And of a path that it has loaded, the library of then, even if the file is another one by now.
+    ``tvm.runtime.load_module`` keeps every library until the process ends, and 85 KB or more of what it read at each
+    load; here the library's users keep it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        name = Path(folder) / path.name
+        copy = Path(folder) / path.name
+        try:
+            shutil.copyfile(path, copy)
+            return tvm_ffi.load_module(str(copy), keep_module_alive=False)
+        except (OSError, RuntimeError):  # a folder that is full, or that nothing may be run from
+            copy.unlink(missing_ok=True)
+        name = Path(folder) / f"link-{path.name}"
         try:
             name.symlink_to(path.resolve())
         except OSError:  # not everywhere are there links

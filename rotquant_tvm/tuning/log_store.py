@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..durable import replace_file
 from ..errors import UsageError
 from .kernel_shape import KernelShape
 from .log_document import MalformedLogError, check_manifest, parse, parse_lines, read_text
@@ -236,12 +237,10 @@ def write_whole(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
+        replace_file(Path(name), path)
     except BaseException:
         os.unlink(name)
         raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..benchmark.device import BenchmarkDevice, open_device
 from ..errors import DeviceError
+from ..process_locks import locked_file
 from .arguments import Measurement, Parameter
 from .kernel_builder import Candidate
 from .kernel_timer import Timing, time_calls
@@ -100,15 +103,25 @@ def device_roofline(target: tvm.target.Target, folder: str, known: bool = False)
 def measure_candidate(
     target: tvm.target.Target, folder: str, library: str, args_info: list[list[Any]], timing: Timing
 ) -> list[float]:
-    """Run, compare and time a candidate; returns seconds per run. Raises DeviceError for a wrong result."""
+    """Run, compare and time a candidate; returns seconds per run. Raises DeviceError for a wrong result.
+
+    Processes that measure on the same device take turns, so that several tasks can be tuned at once.
+    """
     bench, candidate = bench_for(target, folder), Candidate.read(library, args_info)
     kernel = tvm.runtime.load_module(library)[MAIN]
-    bench.prepare(candidate.measurement)
-    sets = [candidate.arguments(arrays, bench.device) for arrays in bench.sets]
-    kernel(*sets[0])
-    bench.check(candidate.measurement)
-    calls = [lambda arguments=arguments: kernel(*arguments) for arguments in sets]
-    return time_calls(calls, timing, getattr(bench.device, "torch", None))
+    with locked_file(turn_file(bench.device), lambda: None):
+        bench.prepare(candidate.measurement)
+        sets = [candidate.arguments(arrays, bench.device) for arrays in bench.sets]
+        kernel(*sets[0])
+        bench.check(candidate.measurement)
+        calls = [lambda arguments=arguments: kernel(*arguments) for arguments in sets]
+        return time_calls(calls, timing, getattr(bench.device, "torch", None))
+
+
+def turn_file(device: BenchmarkDevice) -> Path:
+    """The file that whoever measures on a device locks: several tunings at once would disturb each other's times."""
+    name = re.sub(r"[^0-9A-Za-z]+", "-", f"{device.name} {device.unit}").strip("-")
+    return Path(tempfile.gettempdir()) / f"rotquant-tvm-measuring-{name}"
 
 
 def _part(parameter: Parameter) -> tuple[slice, ...]:

@@ -111,8 +111,8 @@ def byte_tokenizer():
     return fast
 
 
-def save_llama(folder: Path) -> Path:
-    """A random Llama of two layers, head_dim 32, with a tokenizer."""
+def save_llama(folder: Path, layers: int = 2, positions: int = 256) -> Path:
+    """A random Llama, head_dim 32, with a tokenizer."""
     import torch
     import transformers
 
@@ -121,10 +121,10 @@ def save_llama(folder: Path) -> Path:
         vocab_size=258,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         bos_token_id=256,
         eos_token_id=257,
     )

@@ -27,13 +27,13 @@ def tiny():
 
 
 @cache
-def model(kv_cache: str) -> rotquant_tvm.CompiledModel:
-    decoder = tiny().TinyModel()
+def model(kv_cache: str, target: str = "llvm", head_dim: int = 32) -> rotquant_tvm.CompiledModel:
+    decoder = tiny().TinyModel(head_dim=head_dim)
     config = {"model_type": "tiny", "vocab_size": tiny().VOCAB, "max_position": 1 << 20}
     config["layers"] = [(decoder.kv_heads, decoder.heads, decoder.head_dim)] * decoder.layers
     names = [f"w{i}" for i in range(len(decoder.weights))]
     imported = ImportedModel(decoder.module(), decoder.weights, names, config)
-    return rotquant_tvm.compile(imported, kv_cache, capacity=128)
+    return rotquant_tvm.compile(imported, kv_cache, target, capacity=128)
 
 
 @cache

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import re
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tvm
 
 from rotquant_tvm.errors import DeviceError
 from rotquant_tvm.runtime import cache_allocation
+from rotquant_tvm.runtime.cache_allocation import allocated_copy
 from rotquant_tvm.runtime.free_memory import usable
 
 
@@ -59,6 +63,33 @@ def test_a_device_that_refuses_is_asked_once_more_without_pools(library, monkeyp
     monkeypatch.setattr(cache_allocation, "free_bytes", lambda _device: None)
     with pytest.raises(DeviceError, match=r"takes 320 bytes \(out of memory\); use a smaller capacity or batch"):
         library.session(capacity=64)
+
+
+def test_a_copy_that_a_gpu_refuses_names_the_bytes(monkeypatch):
+    """Those that are free are counted when what the failed copy had allocated is free again."""
+    held: list[weakref.ref] = []
+
+    def make(refusals):
+        array = np.zeros(1)
+        held.append(weakref.ref(array))
+        if len(held) <= refusals:
+            raise RuntimeError("context\nout of memory")
+        return array
+
+    def free(_device):
+        assert all(array() is None for array in held)
+        return 1 << 20
+
+    monkeypatch.setattr(cache_allocation, "free_bytes", free)
+    arguments = (tvm.cuda(0), 3 << 30, "cannot copy it", "use less")
+    assert len(allocated_copy(*arguments, lambda: make(1))) == 1 and len(held) == 2
+    held.clear()
+    expected = r"^cannot copy it: 3.0 GiB are needed and 1.0 MiB are free \(out of memory\); use less$"
+    with pytest.raises(DeviceError, match=expected):
+        allocated_copy(*arguments, lambda: make(2))
+    monkeypatch.setattr(cache_allocation, "free_bytes", lambda _device: None)
+    with pytest.raises(DeviceError, match=r"it: 3.0 GiB are needed \(out of memory\); use less"):
+        allocated_copy(*arguments, lambda: make(9))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")

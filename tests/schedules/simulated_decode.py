@@ -11,7 +11,7 @@ from .simulated_tensor_cores import RING, TensorCoreBlock, TensorCoreGPU
 
 
 class DecodeGPU(TensorCoreGPU):
-    """Runs one launch over scratch that the function allocates; blocks one after the other."""
+    """Runs one launch over scratch that the function allocates; blocks one after the other; ``grid``: how many."""
 
     def _launch(self, stmt, extents) -> None:
         name = type(stmt).__name__
@@ -28,6 +28,7 @@ class DecodeGPU(TensorCoreGPU):
             stmt = stmt.body
         blocks = [extents[name] for name in SPECIAL if name in extents]
         thread, count = extents["threadIdx.x"]
+        self.grid = {name: size for name, (_, size) in extents.items()}
         for place in itertools.product(*(range(size) for _, size in blocks)):
             values = {var: np.full(count, i) for (var, _), i in zip(blocks, place, strict=True)}
             self.block(count, {**values, thread: np.arange(count)}).run(stmt)

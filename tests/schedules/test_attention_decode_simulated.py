@@ -58,11 +58,17 @@ def rng(request):
 
 def simulate(shape, arrays, knobs=None, arch="sm_90a", blocks=24):
     """Run on a poisoned output; a GPU of few multiprocessors, so that streams have two or three splits."""
+    return launch(shape, arrays, knobs, arch, blocks)[0]
+
+
+def launch(shape, arrays, knobs=None, arch="sm_90a", blocks=24):
+    """As ``simulate``; also how many blocks a stream had."""
     kernel = build(shape, target_of(arch), blocks=blocks, **{"warps": 4} | (knobs or {}))
     out, counters = np.full_like(arrays[0], np.nan), np.zeros(1 << 16, np.int32)
-    DecodeGPU(kernel)(*(np.ascontiguousarray(array) for array in arrays), counters, out)
+    gpu = DecodeGPU(kernel)
+    gpu(*(np.ascontiguousarray(array) for array in arrays), counters, out)
     assert (counters == 0).all()
-    return out.astype(np.float64)
+    return out.astype(np.float64), gpu.grid["blockIdx.y"]
 
 
 @pytest.mark.parametrize(("case", "dtype", "knobs"), ORDINARY, ids=str)
@@ -163,6 +169,21 @@ def test_one_tile_in_flight(rng, monkeypatch):
     ids=str,
 )
 def test_segments(rng, case, policy, window):
+    check_segments(rng, case, policy, window)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"), [(45, 5), pytest.param(44, 4, marks=pytest.mark.full)], ids=["apart", "shared"]
+)
+@pytest.mark.parametrize("window", [None, pytest.param(50, marks=pytest.mark.full)])
+def test_rows_in_blocks_of_their_own(rng, monkeypatch, window, blocks, expected):
+    """Nine streams of four blocks with tiles: a fifth has the rows in 16 bits, if it can run beside them."""
+    monkeypatch.setattr(attention_decode_cuda, "TILES_TO_WAIT_FOR", 1)
+    assert check_segments(rng, *SEGMENTED[1], window, {"warps": 2, "least": 1}, blocks=blocks) == expected
+
+
+def check_segments(rng, case, policy, window, knobs=None, **options):
+    """Three sequences of different lengths, against float64 attention; returns how many blocks a stream had."""
     cache = SegmentedCache(Kernels("llvm"), rng, case, policy, 3, 300)
     for counts in ([70, 0, 33], [100, 40, 1], [1, 1, 1]):
         cache.append(cache.draw(max(counts)), counts)
@@ -173,7 +194,9 @@ def test_segments(rng, case, policy, window):
         attention(q[b], seen[b, 0, :, :n], seen[b, 1, :, :n], SCALE, first=n - 1, window=window)
         for b, n in enumerate(cache.lengths)
     ]
-    check(simulate(shape, [q, *cache.arrays, cache.lengths]), np.stack(expected), 2e-3)
+    actual, count = launch(shape, [q, *cache.arrays, cache.lengths], knobs, **options)
+    check(actual, np.stack(expected), 2e-3)
+    return count
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+
 import numpy as np
 import pytest
 import tvm
@@ -9,11 +12,12 @@ import tvm
 from rotquant_tvm.benchmark.device import open_device
 from rotquant_tvm.errors import DeviceError
 from rotquant_tvm.linker import linker_command
+from rotquant_tvm.process_locks import locked_file
 from rotquant_tvm.tuning.kernel_builder import Candidate, build_candidate
 from rotquant_tvm.tuning.kernel_runner import MeasuringProcess
 from rotquant_tvm.tuning.kernel_timer import Timing
 from rotquant_tvm.tuning.knob_space import ANNOTATION
-from rotquant_tvm.tuning.measuring import Bench, _agree, measure_candidate
+from rotquant_tvm.tuning.measuring import Bench, _agree, measure_candidate, turn_file
 from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
 TIMING = Timing(2, 2, 0)
@@ -135,3 +139,14 @@ def test_a_process_that_fails_is_replaced(task, llvm, tmp_path):
             process.measure(built(task, tmp_path), args_info(task))
     finally:
         process.close()
+
+
+def test_measurements_on_a_device_take_turns(bench, task, llvm, tmp_path):
+    """Another tuning has the device: this one's candidate waits for it."""
+    library = built(task, tmp_path)
+    with ThreadPoolExecutor(1) as thread:
+        with locked_file(turn_file(bench.device), lambda: None):
+            waiting = thread.submit(measure_candidate, llvm, str(tmp_path), library, args_info(task), TIMING)
+            with pytest.raises(NotYet):
+                waiting.result(1)
+        assert min(waiting.result(60)) > 0
