@@ -97,7 +97,8 @@ class CachePolicy:
             wanted = (surplus + self.block - 1) // self.block * self.block
         else:
             wanted = np.maximum(lengths - self.sinks - self.recent, 0) // self.block * self.block
-        return np.maximum(packed, wanted).astype(np.int32)
+        after: IntArray = np.maximum(packed, wanted).astype(np.int32)
+        return after
 
     def changed(self, options: Mapping[str, int]) -> CachePolicy:
         """Return the policy with some options replaced; raises ``UsageError`` for an unknown one."""

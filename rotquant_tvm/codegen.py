@@ -121,7 +121,7 @@ def _mixed_pipeline() -> tuple[tvm.transform.Pass, Any, Any]:
     scheduled, finalize_host, finalize_device = compilation_pipeline.get_tir_pipeline("s_tir")
     laid_out, _, _ = compilation_pipeline.get_tir_pipeline("tirx")
 
-    @tvm.transform.module_pass(opt_level=0, name="MixedPipeline")
+    @tvm.transform.module_pass(opt_level=0, name="MixedPipeline")  # type: ignore[untyped-decorator]
     def lower(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         own = {gvar: func for gvar, func in mod.functions_items() if is_tirx(func)}
         if not own:

@@ -215,7 +215,8 @@ class _Stages:
     """Times the stages of a compile and tells their names as they begin."""
 
     def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.seconds = progress, {}
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
         self._name, self._since = "", time.perf_counter()
 
     def start(self, name: str) -> None:

@@ -14,13 +14,16 @@ from contextlib import contextmanager
 
 import tvm
 
+from .environment_variables import environment_variable
 from .errors import DeviceError
 
 COMPILERS = ("nvcc", "nvrtc")
 KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 """The variable that makes TVM behave as without a driver, and keep CUDA code as source."""
 _MODE = "TVM_CUDA_COMPILE_MODE"
-_FAILURES = ("Compilation error:", "NVRTC", "Cannot find CUDA")
+_BINDINGS = "pip install 'cuda-bindings[all]'"
+"""Without the extra there is no NVRTC in it."""
+_FAILURES = ("Compilation error:", "NVRTC", "libnvrtc", "Cannot find CUDA")
 """What TVM's errors say when a CUDA compiler, and nothing else, failed."""
 
 
@@ -57,20 +60,15 @@ def compiling_here(target: tvm.target.Target) -> Iterator[None]:
         if compiler is not None:
             lacking = "no nvcc is on the PATH" if compiler == "nvcc" else "the package cuda-bindings is not installed"
             found = f"{_MODE} is {compiler} and {lacking}"
-        remedy = "install CUDA's toolkit, or its headers and pip install cuda-bindings"
+        remedy = f"put the nvcc of CUDA's toolkit on the PATH, or install its headers and {_BINDINGS}"
         raise DeviceError(f"no compiler for CUDA kernels: {found}; {remedy}")
-    before = os.environ.get(_MODE)
-    os.environ[_MODE] = compiler
     try:
-        yield
+        with environment_variable(_MODE, compiler):
+            yield
     except (RuntimeError, OSError) as error:
         if not any(words in str(error) for words in _FAILURES):
             raise
         raise compile_error(compiler, str(target.attrs["arch"]), error) from error
-    finally:
-        del os.environ[_MODE]
-        if before is not None:
-            os.environ[_MODE] = before
 
 
 def compile_error(compiler: str, arch: str, error: Exception) -> DeviceError:
@@ -80,6 +78,8 @@ def compile_error(compiler: str, arch: str, error: Exception) -> DeviceError:
     if at >= 0:
         remedy = "install CUDA's toolkit, or set CUDA_PATH to the folder that has its include folder"
         return DeviceError(f"{compiler} needs CUDA's headers: {words[at:].splitlines()[0].rstrip('.')}; {remedy}")
+    if "libnvrtc" in words:
+        return DeviceError(f"{compiler} is not there, but only its bindings: {_BINDINGS}")
     said = [line.strip() for line in words.splitlines() if "error" in line.lower()]
     reason = said[0] if said else f"{type(error).__name__} {words.strip()[-200:]}"
     return DeviceError(f"{compiler} cannot compile the kernels for {arch}: {reason}")

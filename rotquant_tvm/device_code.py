@@ -11,7 +11,6 @@ the code. Texts, vectors and bytes all begin with their number of entries as a u
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import tvm
 import tvm_ffi
 
 from .cuda_compiler import KEEP_SOURCE, compile_error, cuda_compiler
+from .environment_variables import environment_variable
 from .runtime.requirements import runs_on
 from .tuning.device_identity import same_arch
 
@@ -83,14 +83,8 @@ def kept_source(target: tvm.target.Target) -> Iterator[None]:
     if target.kind.name != "cuda" or version is None or runs_on(str(target.attrs["arch"]), "cuda", version):
         yield
         return
-    before = os.environ.get(KEEP_SOURCE)
-    os.environ[KEEP_SOURCE] = "1"
-    try:
+    with environment_variable(KEEP_SOURCE, "1"):
         yield
-    finally:
-        del os.environ[KEEP_SOURCE]
-        if before is not None:
-            os.environ[KEEP_SOURCE] = before
 
 
 def _version_here() -> str | None:

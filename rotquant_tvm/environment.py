@@ -61,7 +61,7 @@ def gpus() -> list[dict[str, Any]]:
 
     from .tuning.device_identity import cuda_version, driver_version, slug_of
 
-    found = []
+    found: list[dict[str, Any]] = []
     while (device := tvm.cuda(len(found))).exist:
         found.append(
             {

@@ -96,5 +96,5 @@ def cache_bytes(info: dict[str, Any], tokens: int) -> int:
 
 def true_bits(info: dict[str, Any], tokens: int) -> float:
     """Bits per element of K and V of a sequence of ``tokens`` tokens: codes, gains, centres, 16-bit segments."""
-    elements = sum(2 * layer["kv_heads"] * layer["head_dim"] for layer in info["layers"]) * tokens
+    elements: int = sum(2 * layer["kv_heads"] * layer["head_dim"] for layer in info["layers"]) * tokens
     return 8 * cache_bytes(info, tokens) / elements

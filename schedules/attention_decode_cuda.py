@@ -3,7 +3,8 @@
 A thread block serves one stream (sequence, kv head, up to eight query heads of its group) and one split of its tokens.
 Every warp reads tiles of its own (``packed_stream_cuda``); the codes go from memory to the tensor cores as they are,
 through a table lookup in registers. The warps' results are merged in the block, the splits' by the block that arrives
-last. Rows of the 16-bit segments are spread over the blocks of a stream, and read while their tiles are on the way.
+last. Rows of the 16-bit segments are spread over the blocks of a stream, and read while their tiles are on the way; or
+one more block per stream has them.
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ class _Kernel:
     def _row_blocks(self, splits: Expr) -> Expr:
         """Blocks more per stream for the rows in 16 bits: one, where all can run at once.
 
-        There a warp with rows besides its tiles would be what all others wait for; unless tiles are so few that the
-        additional block would (10.4 µs became 11.4 at 1 × 8,192).
+        Else the warps that have rows besides their tiles are the last to end. Where the cache has room for few tiles
+        only, the additional block would be (10.4 µs became 11.4 at 1 × 8,192).
         """
         if not self.policy.segmented:
             return tir.const(0, "int64")

@@ -59,7 +59,8 @@ def test_the_compiler_that_is_there_is_taken(machine, mode, nvcc, bindings, expe
 )
 def test_without_a_compiler_the_error_says_what_to_install(machine, mode, nvcc, bindings, said):
     machine(mode, nvcc, bindings)
-    with pytest.raises(DeviceError, match=f"{said}.*; install CUDA's toolkit, or .* pip install cuda-bindings"):
+    remedy = r"put the nvcc .* on the PATH, or .* pip install 'cuda-bindings\[all\]'"
+    with pytest.raises(DeviceError, match=f"{said}.*; {remedy}"):
         with compiling_here(CUDA):
             pytest.fail("entered")
     assert os.environ[MODE] == mode
@@ -86,6 +87,7 @@ REFUSED = r"cannot compile the kernels for sm_90a: x.cu\(3\): error: no$"
     [
         ("code\nCompilation error:\nx.cu(3): error: no\nmore", REFUSED),
         ("NVRTC compilation failed:\nx.cu(3): error: no\nmore", REFUSED),
+        ('Failure finding "libnvrtc.so.13"', r"is not there, but only its bindings: pip install 'cuda-bindings\[all\]'"),
         ("Cannot find CUDA path", "needs CUDA's headers: Cannot find CUDA path; .*set CUDA_PATH"),
         ("Cannot find CUDA headers in /x. Searched in: [].", "needs CUDA's headers: .* in /x. .*set CUDA_PATH"),
     ],

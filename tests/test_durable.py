@@ -152,4 +152,4 @@ def test_links_are_not_followed(tmp_path, events):
     (folder / "up").symlink_to(tmp_path)
     sync_contents(folder)
     assert events == [("sync", "folder")]
-    assert durable._CANNOT.isdisjoint({errno.ENOSPC, errno.EIO, errno.EDQUOT})
+    assert durable._NO_FOLDER_SYNC.isdisjoint({errno.ENOSPC, errno.EIO, errno.EDQUOT})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from .cache_data import CacheSpec
 from .contender import Call, Contender
 from .device import BenchmarkDevice, open_device
 from .kernels import OperatorLibrary
-from .reference import decode_output, relative_error, stored_rows
+from .reference import decode_output, packed_rows, relative_error, stored_rows
 from .report import Report, Rival, Row
 from .rivals import decode_rivals
 from .settings import BatchShape, Settings
@@ -22,6 +25,8 @@ from .settings import BatchShape, Settings
 F16, UNTUNED = "f16", "untuned"
 CHECKED = 2
 """How many (sequence, kv head) are compared with float64, at full and at ragged lengths each."""
+AT_ONCE = 8
+"""Of them, at most: one of 128 dims and 131,072 tokens takes a gigabyte."""
 
 
 def run(settings: Settings) -> Report:
@@ -53,6 +58,7 @@ def _race(device: BenchmarkDevice, operators: OperatorLibrary, settings: Setting
     outcomes = device.race([*contenders, *rivals.contenders])
     others = rivals.outcomes(outcomes)
     settings.progress(f"decode {shape.name}: check")
+    errors = _errors({name: entry for name, entry in ours.items() if name in outcomes and outcomes[name].seconds})
     plain, rows = ours[F16], []
     for name, entry in ours.items():
         if isinstance(entry, Exception):
@@ -64,10 +70,21 @@ def _race(device: BenchmarkDevice, operators: OperatorLibrary, settings: Setting
             beside.append(Rival(UNTUNED, untuned.seconds, untuned.note))
         if name != F16 and isinstance(plain, PackedDecode):
             beside.append(Rival(f"our {F16}", outcomes[F16].seconds, outcomes[F16].note, plain.nbytes))
-        error = entry.error() if outcome.seconds is not None else None
-        row = Row(shape.name, name, outcome.seconds, entry.nbytes, "read", (*beside, *others), error, entry.kernel)
+        found = (*beside, *others), errors.get(name)
+        row = Row(shape.name, name, outcome.seconds, entry.nbytes, "read", *found, entry.kernel)
         rows.append(replace(row, note=outcome.note))
     return rows
+
+
+def _errors(entries: Mapping[str, PackedDecode | Exception]) -> dict[str, float]:
+    """The largest error of each: kernels run one after the other, what float64 takes is computed side by side."""
+    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
+        jobs = {
+            name: [pool.submit(check) for check in entry.checks()]
+            for name, entry in entries.items()
+            if isinstance(entry, PackedDecode)
+        }
+        return {name: max(job.result() for job in checks) for name, checks in jobs.items()}
 
 
 class PackedDecode:
@@ -113,23 +130,36 @@ class PackedDecode:
             for label, run in kernels.items()
         ]
 
-    def error(self) -> float:
-        """The largest relative error of a few heads at full lengths and at ragged ones, tails included."""
+    def checks(self) -> list[Callable[[], float]]:
+        """Run at full lengths and at ragged ones, tails included; each call returns the relative error of one head.
+
+        The calls need no device.
+        """
         tokens, batch = self.spec.capacity, self.spec.batch
         ragged = [max(1, tokens - 1 - 37 * b % max(1, tokens // 2)) for b in range(batch)]
-        return max(self._error([tokens] * batch), self._error(ragged))
-
-    def _error(self, lengths: Sequence[int]) -> float:
-        self._call(0, self._count_arguments(lengths), self._attend.run)()
         arrays, query, out = self._sets[0]
-        packed, errors = self.spec.packed(lengths), []
-        for pick in range(CHECKED):
-            b, head = (self.spec.batch - 1) * pick, (self.spec.kv_heads - 1) * pick
-            stored = [self.device.numpy(array, (b, head)) for array in arrays]
-            rows = stored_rows(self.spec, stored, lengths[b], int(packed[b]))
-            queries = (b, 0, slice(head * self.group, (head + 1) * self.group))
-            expected = decode_output(self.spec, rows, self.device.numpy(query, queries), self.site.scale)
-            errors.append(relative_error(self.device.numpy(out, queries), expected))
+        picks = [((batch - 1) * pick, (self.spec.kv_heads - 1) * pick) for pick in range(CHECKED)]
+        queries = [(b, 0, slice(head * self.group, (head + 1) * self.group)) for b, head in picks]
+        runs: list[list[tuple[int, int, Any]]] = [[] for _ in picks]
+        for lengths in ([tokens] * batch, ragged):
+            self._call(0, self._count_arguments(lengths), self._attend.run)()
+            packed = self.spec.packed(lengths)
+            for run, (b, _), index in zip(runs, picks, queries, strict=True):
+                run.append((lengths[b], int(packed[b]), self.device.numpy(out, index).copy()))
+        return [
+            partial(
+                self._error, [self.device.numpy(array, pick) for array in arrays], self.device.numpy(query, index), run
+            )
+            for pick, index, run in zip(picks, queries, runs, strict=True)
+        ]
+
+    def _error(self, stored: list[Any], query: Any, runs: list[tuple[int, int, Any]]) -> float:
+        """The largest error of some runs over one head: (length, tokens in tiles, output) of each."""
+        tiles = packed_rows(self.spec, stored, max(packed for _, packed, _ in runs))
+        errors = []
+        for length, packed, found in runs:
+            rows = stored_rows(self.spec, stored, length, packed, tiles)
+            errors.append(relative_error(found, decode_output(self.spec, rows, query, self.site.scale)))
         return max(errors)
 
     def _call(self, index: int, counts: list[Any], attend: Callable[..., None]) -> Call:

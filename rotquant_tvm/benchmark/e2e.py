@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from rotquant_tvm.errors import DeviceError, UsageError
 from rotquant_tvm.runtime import CompiledLibrary
@@ -43,7 +44,7 @@ def run(settings: Settings, shape: ModelShape | None = None) -> Report:
     libraries: dict[str, CompiledLibrary | Exception] = {}
     for name in dict.fromkeys([F16, *settings.kv_caches]):
         settings.progress(f"e2e: compile {name}")
-        libraries[name] = _attempt(lambda name=name: model.compiled(name).library("cuda", model.weights))
+        libraries[name] = _attempt(partial(_library, model, name))
     for case in settings.shapes:
         report.rows += _decode(model, libraries, settings, case)
         if case.batch * case.tokens <= MOST_PROMPT:
@@ -53,6 +54,10 @@ def run(settings: Settings, shape: ModelShape | None = None) -> Report:
     for tokens in sorted({case.tokens for case in settings.shapes}):
         report.notes += _capacities(device, libraries, settings, tokens)
     return report
+
+
+def _library(model: BenchmarkModel, kv_cache: str) -> CompiledLibrary:
+    return model.compiled(kv_cache).library("cuda", model.weights)
 
 
 def _decode(model: BenchmarkModel, libraries: dict[str, Any], settings: Settings, shape: BatchShape) -> list[Row]:
@@ -65,7 +70,7 @@ def _decode(model: BenchmarkModel, libraries: dict[str, Any], settings: Settings
         if isinstance(library, CompiledLibrary):
             read = library.info.bytes_per_token * context(library, shape) * shape.batch
             nbytes[name] = int(model.step_bytes(shape.batch) + read)
-        seconds[name] = _attempt(lambda library=library: _our_decode(library, shape, settings.samples))
+        seconds[name] = _attempt(partial(_our_decode, library, shape, settings.samples))
     return _rows(case, seconds, nbytes)
 
 
@@ -76,7 +81,7 @@ def _prefill(model: BenchmarkModel, libraries: dict[str, Any], settings: Setting
     seconds = {TORCH: _attempt(lambda: _torch_prefill(model, shape, samples))}
     for name, library in libraries.items():
         settings.progress(f"e2e: {case} {name}")
-        seconds[name] = _attempt(lambda library=library: prefill_seconds(_whole(library), shape, samples))
+        seconds[name] = _attempt(partial(_our_prefill, library, shape, samples))
     rows = shape.batch * shape.tokens
     sizes = model.shape
     attention = 2.0 * rows * shape.tokens * sizes.heads * sizes.head_dim * sizes.layers
@@ -102,7 +107,7 @@ def _rows(
             continue
         beside = tuple(rival for rival in rivals if name != F16 or rival.name == TORCH)
         if isinstance(time, float):
-            bound = "read" if name in nbytes else None
+            bound: Literal["read"] | None = "read" if name in nbytes else None
             rows.append(Row(case, name, time, nbytes.get(name, 0), bound, beside, note=remark(time)))
         elif isinstance(time, NoRoom):
             rows.append(Row(case, name, None, 0, None, beside, note=str(time), refused=True))
@@ -123,6 +128,10 @@ def _our_decode(library: Any, shape: BatchShape, samples: int) -> float:
     return decode_seconds(filled_session(library, shape), samples)
 
 
+def _our_prefill(library: Any, shape: BatchShape, samples: int) -> float:
+    return prefill_seconds(_whole(library), shape, samples)
+
+
 def _torch_decode(model: BenchmarkModel, shape: BatchShape, samples: int) -> float:
     """Median seconds of torch's step, as replays of a CUDA graph."""
     import statistics
@@ -134,7 +143,7 @@ def _torch_decode(model: BenchmarkModel, shape: BatchShape, samples: int) -> flo
         raise NoRoom(f"no room: the cache takes {needed / 1e9:.1f} GB, {_free_bytes() / 1e9:.1f} GB are free")
     ours = TorchModel(model, shape.batch, shape.tokens)
     ids = torch.zeros((shape.batch, 1), dtype=torch.int64, device="cuda")
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
         ours.decode(ids)
     torch.cuda.synchronize()
@@ -165,7 +174,7 @@ def _capacities(device: BenchmarkDevice, libraries: dict[str, Any], settings: Se
         device.free()
         shape = BatchShape(largest_batch(library, min(tokens, library.info.max_position), _free_bytes()), tokens)
         settings.progress(f"e2e: largest batch of {count(tokens)}, {name}")
-        tried = _attempt(lambda library=library, shape=shape: _one_step(library, shape)) if shape.batch else None
+        tried = _attempt(partial(_one_step, library, shape)) if shape.batch else None
         result = "no room" if not shape.batch else "ran" if tried is None else failure(tried).note
         lines.append(f"{count(tokens)} tokens, {name}: {shape.batch} sequences fit by their bytes ({result})")
     return lines
@@ -183,7 +192,8 @@ def _one_step(library: CompiledLibrary, shape: BatchShape) -> None:
 def _whole(library: Any) -> CompiledLibrary:
     if isinstance(library, Exception):
         raise library
-    return library
+    whole: CompiledLibrary = library
+    return whole
 
 
 def _attempt(call: Callable[[], Any]) -> Any:

@@ -71,7 +71,7 @@ class BenchmarkModel:
 
     def __init__(self, shape: ModelShape, target: tvm.target.Target) -> None:
         self.shape, self.target = shape, target
-        self._imported: ImportedModel | None = from_config(shape.config())
+        self._imported: ImportedModel = from_config(shape.config())
         self.weights: list[Any] = []
 
     def compiled(self, kv_cache: str) -> CompiledModel:
@@ -89,13 +89,15 @@ class BenchmarkModel:
     def step_bytes(self, batch: int) -> int:
         """Bytes of weights that one decode step reads: all but the embedding, of which it reads a row per sequence."""
         embedding = self.weights[0]
-        row = self.shape.hidden * embedding.element_size()
-        return self.weight_bytes - embedding.numel() * embedding.element_size() + batch * row
+        size: int = embedding.element_size()
+        elements: int = embedding.numel()
+        return self.weight_bytes - elements * size + batch * self.shape.hidden * size
 
     def flops(self, rows: int, last_rows: int) -> float:
         """Operations of the linear layers for ``rows`` tokens, ``last_rows`` of which are asked for logits."""
         matrices = [weight for weight in self.weights[1:] if weight.dim() == 2]
-        *layers, head = (2.0 * weight.numel() for weight in matrices)
+        operations: list[float] = [2.0 * weight.numel() for weight in matrices]
+        *layers, head = operations
         return rows * sum(layers) + last_rows * head
 
 

@@ -78,7 +78,7 @@ def timed(run: Callable[[], object]) -> float:
     """Seconds that the device takes for ``run``."""
     import torch
 
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     run()
@@ -115,7 +115,7 @@ def _repeat_entries(array: Any, whole: int) -> None:
     """Fill [batch, kv_heads, entries, words] with its first ``whole`` entries."""
     import torch
 
-    values = torch.from_dlpack(array).view(torch.int32)
+    values = torch.from_dlpack(array).view(torch.int32)  # type: ignore[attr-defined]
     for start in range(whole, values.shape[2], max(1, whole)):
         count = min(whole, values.shape[2] - start)
         values[:, :, start : start + count] = values[:, :, :count]

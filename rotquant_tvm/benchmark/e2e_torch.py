@@ -73,7 +73,7 @@ class TorchModel:
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         keys, values = self.cache[number]
         keys[:, :, first : first + seq], values[:, :, first : first + seq] = k, v
-        past = [x[:, :, : first + seq] for x in (keys, values)]
+        past_keys, past_values = (x[:, :, : first + seq] for x in (keys, values))
         attend = self.torch.nn.functional.scaled_dot_product_attention
-        y = attend(q, *past, is_causal=seq > 1, enable_gqa=True)
+        y = attend(q, past_keys, past_values, is_causal=seq > 1, enable_gqa=True)
         return y.transpose(1, 2).reshape(batch, seq, -1)

@@ -16,19 +16,31 @@ from .cache_data import CacheSpec
 Array = NDArray[Any]
 
 
-def stored_rows(spec: CacheSpec, arrays: Sequence[Array], length: int, packed: int) -> tuple[Array, Array]:
+def packed_rows(spec: CacheSpec, arrays: Sequence[Array], packed: int) -> tuple[Array, Array]:
+    """Return the keys and values [packed, head_dim] that tiles hold of one sequence and head; see ``stored_rows``."""
+    tiles = np.ascontiguousarray(arrays[0][: -(-packed // TOKENS)]).view(np.uint8)
+    encoded = spec.layout.unpack(tiles)
+    keys, values = (
+        codec.decode_rotated(part).reshape(-1, spec.head_dim)[:packed]
+        for codec, part in zip(spec.codecs, encoded, strict=True)
+    )
+    if spec.policy.center:
+        centres = decode_centre(arrays[1]).astype(np.float64)
+        keys = keys + np.repeat(centres, spec.policy.center, axis=0)[:packed]
+    return keys, values
+
+
+def stored_rows(
+    spec: CacheSpec, arrays: Sequence[Array], length: int, packed: int, tiles: tuple[Array, Array] | None = None
+) -> tuple[Array, Array]:
     """Return the keys and values [length, head_dim] of one sequence and head, in their rotated bases.
 
-    ``arrays``: the cache's arrays at that sequence and head, without the counts.
+    ``arrays``: the cache's arrays at that sequence and head, without the counts. ``tiles``: ``packed_rows`` of at least
+    as many tokens, if they are known.
     """
-    policy, layout = spec.policy, spec.layout
-    tiles = np.ascontiguousarray(arrays[0][: -(-packed // TOKENS)]).view(np.uint8)
-    rows = []
-    for role, (codec, encoded) in enumerate(zip(spec.codecs, layout.unpack(tiles), strict=True)):
-        values = codec.decode_rotated(encoded).reshape(-1, spec.head_dim)[:packed]
-        if role == 0 and policy.center:
-            centres = decode_centre(arrays[1]).astype(np.float64)
-            values = values + np.repeat(centres, policy.center, axis=0)[:packed]
+    policy, rows = spec.policy, []
+    for role, known in enumerate(tiles or packed_rows(spec, arrays, packed)):
+        values = known[:packed]
         if policy.segmented:
             plain, sinks = arrays[-1][role].astype(np.float64), min(policy.sinks, length)
             newest = np.arange(packed, max(packed, length - policy.sinks)) % max(1, policy.ring) + policy.sinks

@@ -17,7 +17,7 @@ ERROR_BAR = 1e-3
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Bytes per second that this device reached in this run: read and written by a copy, and only read."""
+    """Bytes per second that this device reached in this run: read and written by the fastest copy, and only read."""
 
     copy: float
     read: float

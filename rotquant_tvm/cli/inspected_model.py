@@ -60,7 +60,8 @@ class InspectedModel:
     @cached_property
     def sites(self) -> list[AttentionSite]:
         """The attention sites of "main"."""
-        return find_attention(self.mod["main"])
+        sites: list[AttentionSite] = find_attention(self.mod["main"])
+        return sites
 
     @cached_property
     def described(self) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ class InspectedModel:
     def _describe(self, probe: FeatureProbe, site: AttentionSite) -> dict[str, Any]:
         layer = _LAYER.match(site.key.past.name) if site.key is not None else None
         rotary = site_rotary(probe, site)
-        described = site.describe() | {
+        described: dict[str, Any] = site.describe() | {
             "layer": int(layer[1]) if layer else site.index,
             "rotary": rotary and {"kind": rotary.kind, "dims": rotary.dims, "pairs": rotary.pairs},
         }

@@ -130,7 +130,8 @@ def _diff(arguments: argparse.Namespace, output: Output) -> None:
     ]
     different = [change for change in changes if change.kind != "same"]
     same = f"{len(changes) - len(different)} records are the same"
-    output.result({"changes": document}, *([change_table(different), ""] if different else []), same)
+    shown: list[Table | str] = [change_table(different), ""] if different else []
+    output.result({"changes": document}, *shown, same)
 
 
 def _merge(arguments: argparse.Namespace, output: Output) -> None:

@@ -128,7 +128,8 @@ class _Surroundings:
         return [param for param in self.func.params if param.name.startswith(_CACHES)]
 
     def _operator(self, var: relax.Expr) -> str:
-        return self.probe.operator(var)
+        operator: str = self.probe.operator(var)
+        return operator
 
     def _kernel(self, var: relax.Expr) -> str:
         from rotquant_tvm.passes.kv_kernels import kernel_of

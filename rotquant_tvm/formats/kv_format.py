@@ -238,8 +238,8 @@ def known_formats() -> dict[str, KVFormat]:
                 spellings = (name, *(alias.format(bits=bits) for alias in family.aliases))
                 known |= {f"{spelling}{TRELLIS_SUFFIX}": coded for spelling in spellings}
     for preset, name in _PRESETS.items():
-        coded = name.removesuffix(TRELLIS_SUFFIX) + TRELLIS_SUFFIX
-        known |= {preset: known[name], preset + TRELLIS_SUFFIX: known[coded]}
+        in_trellis = name.removesuffix(TRELLIS_SUFFIX) + TRELLIS_SUFFIX
+        known |= {preset: known[name], preset + TRELLIS_SUFFIX: known[in_trellis]}
     return known
 
 

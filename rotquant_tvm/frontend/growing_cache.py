@@ -10,13 +10,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rotquant_tvm.errors import ModelError
 
 
-class GrowingLayer(CacheLayerMixin):
+class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer [batch, kv_heads, length, head_dim], or None before the first token."""
 
     is_sliding = False
 
     def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values = keys, values
         self.is_initialized = keys is not None
         self.updated = False

@@ -90,7 +90,8 @@ def _extent(path: Path, name: str, meta: dict[str, Any]) -> int:
         raise ModelError(f"{path}: {name!r} has a size that is not a number of 0 or more")
     if 0 in numbers[0]:
         return 0
-    return offset + 1 + sum((size - 1) * stride for size, stride in zip(*numbers, strict=True))
+    extent: int = offset + 1 + sum((size - 1) * stride for size, stride in zip(*numbers, strict=True))
+    return extent
 
 
 def parse(path: Path, record: str, text: bytes) -> dict[str, Any]:

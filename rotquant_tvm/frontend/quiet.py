@@ -24,7 +24,7 @@ def quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     bars = transformers.utils.logging.is_progress_bar_enabled()
     logging.disable(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -32,4 +32,4 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -45,8 +45,9 @@ def without_repeated_heads(mod: tvm.IRModule) -> tvm.IRModule:
 def _ungrouped(flow: Dataflow, var: relax.Var, call: relax.Call) -> list[relax.Binding] | None:
     """Bind an attention to a call on the heads before they were repeated; None if none were."""
     emitter = Emitter(isinstance(var, relax.DataflowVar))
-    sources = [_source(flow, operand) for operand in call.args[1:3]]
-    if None in sources or len({copies for *_, copies in sources}) != 1 or sources[0][3] == 1:
+    found = [_source(flow, operand) for operand in call.args[1:3]]
+    sources = [source for source in found if source is not None]
+    if len(sources) != len(found) or len({source[3] for source in sources}) != 1 or sources[0][3] == 1:
         return None
     heads = []
     for space, view, wanted, _ in sources:

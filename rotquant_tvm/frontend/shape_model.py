@@ -18,7 +18,7 @@ def shape_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     check_decoder(config)
     try:
         with quiet(), _parameters_without_memory():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except Exception as error:
         raise ModelError(f"{config.model_type!r} cannot be made from its configuration: {first_line(error)}") from error
     shared: dict[int, torch.nn.Parameter] = {}
@@ -41,7 +41,7 @@ def _parameters_without_memory() -> Iterator[None]:
             parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

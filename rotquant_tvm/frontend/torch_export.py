@@ -55,7 +55,7 @@ class DecoderStep(torch.nn.Module):
 @contextmanager
 def _logits_only_at(model: PreTrainedModel, last: torch.Tensor) -> Iterator[None]:
     """Reduce the input of the output embedding to the token ``last`` of each row."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output embedding; give a causal language model")
 
@@ -87,7 +87,7 @@ def rotquant_attention(model: PreTrainedModel) -> Iterator[None]:
         if experts is not None:
             model.set_experts_implementation("batched_mm")
     outside = model.config._attn_implementation != NAME and model._supports_sdpa
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     try:
         with torch.no_grad(), sdpa_calls(model) if outside else nullcontext():
             yield

@@ -54,7 +54,7 @@ def _register(containers: set[str]) -> None:
         import transformers.modeling_outputs  # noqa: F401  # registers its own
         from transformers.integrations.executorch import register_dynamic_cache_export_support
 
-        register_dynamic_cache_export_support()
+        register_dynamic_cache_export_support()  # type: ignore[no-untyped-call]
 
 
 class _Reader:

@@ -154,8 +154,8 @@ def _where(node: fx.Node, importer: Any) -> relax.Var:
     """``where`` with numbers for one or both sides."""
     given = _arguments(node, importer)
     dtype = importer._convert_data_type(node.meta["val"].dtype)
-    sides = (given["self"], given["other"])
-    sides = [x if isinstance(x, relax.Expr) else relax.const(x, dtype) for x in sides]
+    operands = (given["self"], given["other"])
+    sides = [x if isinstance(x, relax.Expr) else relax.const(x, dtype) for x in operands]
     emit = importer.block_builder.emit
     sides = [x if x.ty.dtype.dtype == dtype else emit(R.astype(x, dtype)) for x in sides]
     return emit(R.where(given["condition"], *sides))

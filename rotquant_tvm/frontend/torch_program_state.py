@@ -69,7 +69,8 @@ def _outputs(signature: Any, returned: fx.Node) -> tuple[Returned, Returned]:
     """Split what a graph returns into the caller's tensors and what was written, with names."""
     given: Returned = []
     kept: Returned = []
-    for spec, node in zip(signature.output_specs, returned.args[0], strict=True):
+    results: Any = returned.args[0]
+    for spec, node in zip(signature.output_specs, results, strict=True):
         if spec.kind in _MUTATIONS:
             kept.append((spec.target, node))
         elif isinstance(spec.arg, TensorArgument):
@@ -85,7 +86,9 @@ def _open_inputs(
     signature: Any, constants: dict[str, Any], nodes: dict[str, fx.Node], state: set[str], name: str
 ) -> list[str]:
     """Turn written buffers into user inputs, put those behind the caller's and return all their names."""
-    users, kept, rest = [], [], []
+    users: list[tuple[str, Any]] = []
+    kept: list[tuple[str, Any]] = []
+    rest: list[Any] = []
     for spec in signature.input_specs:
         if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
             (kept if spec.arg.name in state else users).append((spec.arg.name, spec))

@@ -118,7 +118,7 @@ def _inline(module: fx.GraphModule, name: str) -> None:
             nested = getattr(module, body.target)
             inner = {p: o for p, o in zip(_placeholders(nested.graph), operands, strict=True)}
             with graph.inserting_before(node):
-                results = graph.graph_copy(nested.graph, inner)
+                results: Any = graph.graph_copy(nested.graph, inner)
             for user in list(node.users):
                 if user.target is operator.getitem:
                     user.replace_all_uses_with(results[user.args[1]])
@@ -203,7 +203,8 @@ class _WithoutWrites:
 
 def _written_argument(node: fx.Node) -> fx.Node | None:
     """Return the operand that an operator writes to, if it is exactly its first."""
-    written = [i for i, a in enumerate(node.target._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    target: Any = node.target
+    written = [i for i, a in enumerate(target._schema.arguments) if a.alias_info and a.alias_info.is_write]
     first = node.args[0] if written == [0] and node.args else None
     return first if isinstance(first, fx.Node) else None
 

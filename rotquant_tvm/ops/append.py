@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import tvm
@@ -67,16 +68,13 @@ def append(
                 target = TileWriter(cache, (b, head, place), layout, role)
                 with T.serial(0, count) as n:
                     token = first + n
-                    emit_encode(
-                        axes,
-                        codec,
-                        rotation,
-                        lambda dim, x=x, token=token: x[b, head, tile * 32 + token - start, dim],
-                        lambda dim, code, token=token: T.buffer_store(
-                            codes, code.astype("uint16"), [token * head_dim + dim]
-                        ),
-                        lambda row, gain, target=target, token=token: target.store_gain(token, row, gain),
-                        buffers,
-                    )
+
+                    def load(dim: Expr, x: Any = x, token: Expr = token) -> Expr:
+                        return x[b, head, tile * 32 + token - start, dim]
+
+                    def store(dim: Expr, code: Expr, token: Expr = token) -> None:
+                        T.buffer_store(codes, code.astype("uint16"), [token * head_dim + dim])
+
+                    emit_encode(axes, codec, rotation, load, store, partial(target.store_gain, token), buffers)
                 target.pack(axes, codes, first, last, count)
     return builder.get()

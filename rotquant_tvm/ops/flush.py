@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import tvm
@@ -52,7 +53,7 @@ def flush(
         T.func_name("flush")
         T.func_attr({"rotquant.op": "flush", "tirx.noalias": True})
         cache = T.arg("cache", T.buffer((batch, kv_heads, tiles, layout.tile_bytes // 4), "uint32"))
-        centre = None
+        centre: Any = None
         if policy.center:
             centre = T.arg("centre", T.buffer((batch, kv_heads, blocks, words), "uint32"))
         plain = T.arg("plain", T.buffer((batch, kv_heads, 2, slots, head_dim), "float16"))
@@ -144,15 +145,9 @@ def _emit_tiles(
                     value = source(tile * TOKENS + token, dim)
                     return value if less is None else value - less[dim]
 
-                emit_encode(
-                    axes,
-                    codec.in_rotated_basis(),
-                    None,
-                    element,
-                    lambda dim, code, token=token: T.buffer_store(
-                        codes, code.astype("uint16"), [token * head_dim + dim]
-                    ),
-                    lambda row, gain, target=target, token=token: target.store_gain(token, row, gain),
-                    buffers,
-                )
+                def store(dim: Expr, code: Expr, token: Expr = token) -> None:
+                    T.buffer_store(codes, code.astype("uint16"), [token * head_dim + dim])
+
+                store_gain = partial(target.store_gain, token)
+                emit_encode(axes, codec.in_rotated_basis(), None, element, store, store_gain, buffers)
             target.pack(axes, codes, low, high, high - low)

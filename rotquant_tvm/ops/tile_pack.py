@@ -57,12 +57,16 @@ def tail_pieces(width: int, groups: int) -> list[Pieces]:
     return [_nibbles(x, 0, width, width * x) for x in range(groups)]
 
 
+def _half_word_bits(group: int, code_bit: int) -> Pieces:
+    return Pieces(group, code_bit, 1, lambda half, e: half * 4 + e + 8 * group)
+
+
 def half_word_pieces(section: CodeSection) -> list[Pieces]:
     """What stands in a lane's half-word: nothing unless 1 or 3 bits leave two groups over."""
     if section.bits not in (1, 3) or section.groups % 4 == 0:
         return []
     bit = 0 if section.bits == 1 else 2
-    return [Pieces(x, bit, 1, lambda half, e, x=x: half * 4 + e + 8 * x) for x in range(2)]
+    return [_half_word_bits(x, bit) for x in range(2)]
 
 
 def position(section: CodeSection, group: Expr, half: Expr, element: Expr, lane: Expr) -> tuple[Expr, Expr]:

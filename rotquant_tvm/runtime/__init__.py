@@ -4,7 +4,8 @@
 several sessions over the same weights. Works in a process with ``TVM_USE_RUNTIME_LIB=1``.
 """
 
-from rotquant_tvm.runtime.artifact import Artifact, check_output, read_artifact, write_artifact
+from rotquant_tvm.artifact_folder import check_output
+from rotquant_tvm.runtime.artifact import Artifact, read_artifact, write_artifact
 from rotquant_tvm.runtime.cache_info import KVCacheInfo, LayerInfo
 from rotquant_tvm.runtime.codec_file import CodecData
 from rotquant_tvm.runtime.generation import Generation, GenerationStream, TextChunk

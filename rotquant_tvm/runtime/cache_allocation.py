@@ -10,7 +10,7 @@ from tvm.runtime import Device, Tensor
 from tvm.runtime.vm import VirtualMachine
 
 from rotquant_tvm.cache_policy import TILE_TOKENS
-from rotquant_tvm.errors import DeviceError
+from rotquant_tvm.errors import DeviceError, RotQuantError
 from rotquant_tvm.runtime.cache_info import KVCacheInfo
 from rotquant_tvm.runtime.device import forget_cuda_error, reason
 from rotquant_tvm.runtime.free_memory import check_room, free_bytes, largest, size_text, usable
@@ -44,9 +44,13 @@ def allocated_copy(device: Device, needed: int, what: str, remedy: str, make: Ca
     check_room(device, needed, what, remedy)
     try:
         return _tried_twice(make)
+    except RotQuantError:
+        raise
     except Exception as error:
         error.with_traceback(None)  # its frames hold what had been allocated
         free = free_bytes(device)
+        if free is not None and needed <= free and "memory" not in str(error).lower():
+            raise DeviceError(f"{what}: {reason(error)}; {remedy}") from error
         sizes = f"{size_text(needed)} are needed" + ("" if free is None else f" and {size_text(free)} are free")
         raise DeviceError(f"{what}: {sizes} ({reason(error)}); {remedy}") from error
 

@@ -11,6 +11,7 @@ from tvm.runtime import Device, Tensor
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.runtime.cache_allocation import allocated_copy
+from rotquant_tvm.runtime.device import device_errors
 from rotquant_tvm.runtime.written_tokens import WrittenTokens
 from rotquant_tvm.window_ring import WindowRing
 
@@ -85,7 +86,9 @@ class CacheArrays:
         """The capacity, at least 1, of a cache that what is held fits: a crop may have left more blocks begun."""
         block = self.policy.block
         begun = -(-self._packed // block) * block + (self.policy.sinks + self.policy.recent)
-        return max(1, *self._lengths.tolist(), *(begun[self._packed > 0].tolist() if self.policy.segmented else []))
+        blocks: list[int] = begun[self._packed > 0].tolist() if self.policy.segmented else []
+        lengths: list[int] = self._lengths.tolist()
+        return max(1, *lengths, *blocks)
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +177,8 @@ class CacheArrays:
         copies = allocated_copy(
             self.device, self.nbytes, what, remedy, lambda: [tensor.copyto(self.device) for tensor in self.tensors]
         )
-        return self._like(copies, range(self.batch))
+        with device_errors(what, remedy):
+            return self._like(copies, range(self.batch))
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> CacheArrays:
         """Return a cache whose sequence i is a copy of sequence ``indices[i]``; any number of them.
@@ -192,7 +196,8 @@ class CacheArrays:
         copies = allocated_copy(
             self.device, needed, what, remedy, lambda: [_gather(tensor, rows, self.device) for tensor in self.tensors]
         )
-        return self._like(copies, rows)
+        with device_errors(what, remedy):
+            return self._like(copies, rows)
 
     def _like(self, tensors: Sequence[Tensor], order: Sequence[int]) -> CacheArrays:
         """The cache of copies of this one's sequences ``order``."""

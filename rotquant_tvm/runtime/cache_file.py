@@ -85,7 +85,8 @@ class CacheFile:
     @property
     def batch(self) -> int:
         """Number of sequences."""
-        return self.counts.shape[1]
+        batch: int = self.counts.shape[1]
+        return batch
 
     @property
     def longest(self) -> int:
@@ -178,4 +179,4 @@ def _checksum(array: np.ndarray) -> str:
 
 def _bytes(array: np.ndarray) -> memoryview:
     # A view as bytes: NumPy gives no buffer of bfloat16.
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import tvm_ffi
 from tvm.runtime import Device
@@ -62,7 +62,7 @@ class CUDAGraph:
     def _record(self, stream: _Handle, graph: _Handle, launch: Callable[[], object]) -> None:
         _call("cuStreamBeginCapture_v2", stream, _RELAXED)
         try:
-            with tvm_ffi.use_raw_stream(self.device, stream.value):
+            with tvm_ffi.use_raw_stream(self.device, cast(int, stream.value)):
                 launch()
         except BaseException:
             _driver().cuStreamEndCapture(stream, ctypes.byref(graph))  # a broken recording; the first error counts

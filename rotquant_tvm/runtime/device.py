@@ -64,6 +64,7 @@ def forget_cuda_error() -> None:
     """Take the error of a call that CUDA refused out of its runtime.
 
     It would stay there for whoever asks next: torch in the same process would find an allocation of its own refused.
+    An error that was there before goes too.
     """
     with suppress(KeyError, AttributeError):  # without CUDA; a stand-in for its library
         _LOADED_LIBS[_CUDA_RUNTIME].cudaGetLastError()

@@ -96,8 +96,9 @@ class Measurement:
             written = cache[0] * cache[1] * tokens * cache[3] * 4 // TOKENS
             return written + (sizes["k"] + sizes["v"]) * tokens // max(1, self._shape("k")[2])
         if operator == "append_plain":
-            elements = 2 * math.prod(self._shape("k"))
-            return sizes["k"] + sizes["v"] + 2 * elements
+            batch, heads, seq, head_dim = self._shape("k")
+            kept = 2 * batch * heads * min(seq, self._shape("plain")[-2]) * head_dim  # only the newest leave a trace
+            return kept * ((sizes["k"] // math.prod(self._shape("k"))) + 2)
         return sum(sizes.values())
 
     def _model_bytes(self) -> int:

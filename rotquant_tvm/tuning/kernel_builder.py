@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
@@ -40,22 +41,33 @@ class KernelBuilder(ms.builder.PyBuilder):  # type: ignore[misc]
         """Give a candidate ``timeout`` seconds."""
         super().__init__()
         self.folder, self.timeout, self.portable = folder, timeout, portable
+        self._begun: dict[int, Future[str]] = {}
         self.pool = WorkerPool(workers, _USES)
         for _ in range(workers):  # they load TVM while the device is opened
             self.pool.submit(_LOADING_SECONDS, _load)
 
+    def begin(self, mods: Sequence[tvm.IRModule], target: tvm.target.Target) -> None:
+        """Start to compile candidates that will be asked for: a batch alone has fewer than there are workers."""
+        for mod in mods:
+            self._begun[_key(mod)] = self._submit(mod, target)
+
     def build(self, build_inputs: list[Any]) -> list[Any]:
-        """Compile the candidates of one batch."""
-        folder, seconds = str(self.folder), self.timeout
-        jobs = [
-            self.pool.submit(seconds, build_candidate, entry.mod, entry.target, folder, self.portable)
-            for entry in build_inputs
-        ]
+        """Compile the candidates of one batch, but for what has begun."""
+        known = [self._begun.pop(_key(entry.mod), None) for entry in build_inputs]
+        pairs = zip(known, build_inputs, strict=True)
+        jobs = [job or self._submit(entry.mod, entry.target) for job, entry in pairs]
         return [_result(job) for job in jobs]
+
+    def _submit(self, mod: tvm.IRModule, target: tvm.target.Target) -> Future[str]:
+        return self.pool.submit(self.timeout, build_candidate, mod, target, str(self.folder), self.portable)
 
     def close(self) -> None:
         """End the workers."""
         self.pool.close()
+
+
+def _key(mod: tvm.IRModule) -> int:
+    return int(tvm_ffi.structural_hash(mod))
 
 
 def _result(job: Future[str]) -> Any:

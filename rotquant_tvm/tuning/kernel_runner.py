@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
 from ..errors import DeviceError
+from ..process_locks import locked_file
 from .kernel_timer import Timing
-from .measuring import device_roofline, measure_candidate
+from .measuring import measure_candidate, open_bench
 from .remote_measuring import RemoteDevice, measure_remotely
 from .roofline import Roofline
 from .worker_process import WorkerProcess
@@ -40,23 +42,31 @@ class MeasuringProcess:
     def __post_init__(self) -> None:
         self._worker = WorkerProcess()
         self._open = False
+        self._turn: Path | None = None
 
     def open(self) -> None:
         """Start the process, and measure what the device could do unless that is known. Raises DeviceError."""
         if self.remote is None and not self._open:
             known = self.roofline.bandwidth is not None
-            found = self._worker.call(_OPENING_SECONDS, device_roofline, self.target, str(self.folder), known)
+            found, self._turn = self._worker.call(_OPENING_SECONDS, open_bench, self.target, str(self.folder), known)
             self.roofline = self.roofline if known else found
         self._open = True
 
     def measure(self, library: str, args_info: list[list[Any]]) -> list[float]:
-        """Return seconds per run of a candidate, one for each measurement. Raises DeviceError."""
+        """Return seconds per run of a candidate, one for each measurement. Raises DeviceError.
+
+        Processes that measure on the same device take turns, so that several tasks can be tuned at once; waiting does
+        not count.
+        """
         self.open()
         call, seconds, folder = self._worker.call, self.timeout, str(self.folder)
         try:
             if self.remote is not None:
                 return call(seconds, measure_remotely, self.remote, library, args_info, self.timing)  # type: ignore
-            return call(seconds, measure_candidate, self.target, folder, library, args_info, self.timing)  # type: ignore
+            with nullcontext() if self._turn is None else locked_file(self._turn, lambda: None):
+                return call(  # type: ignore[no-any-return]
+                    seconds, measure_candidate, self.target, folder, library, args_info, self.timing
+                )
         finally:
             self._open = self._worker.alive
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -152,12 +152,17 @@ def _key(knobs: Knobs) -> tuple[tuple[str, int], ...]:
 class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
     """A ``KnobSearch`` as MetaSchedule's task scheduler drives it."""
 
-    def __init__(self, search: KnobSearch, batch: int) -> None:
-        """Ask for ``batch`` candidates at a time."""
+    def __init__(self, search: KnobSearch, batch: int, begin: Callable[..., None] | None = None) -> None:
+        """Ask for ``batch`` candidates at a time; ``begin(modules, target)`` starts to compile the first of them.
+
+        The scheduler opens all tasks before it turns to the first, so that the first batches of all are compiled side
+        by side.
+        """
         super().__init__()
-        self.search, self.batch = search, batch
+        self.search, self.batch, self.begin = search, batch, begin
         self.space: Any = None
         self.asked: list[Knobs] = []
+        self._first: list[Any] | None = None
 
     def _initialize_with_tune_context(self, context: Any) -> None:
         pass
@@ -165,18 +170,22 @@ class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
     def pre_tuning(
         self, max_trials: int, num_trials_per_iter: int, design_spaces: Any, database: Any = None, cost_model: Any = 0
     ) -> None:
-        """Begin: keep the space."""
+        """Keep the space, and begin."""
         self.space = design_spaces[0].trace
+        self._first = self._ask()
+        if self.begin is not None:
+            self.begin([candidate.sch.mod for candidate in self._first], self.search.task.target)
 
     def post_tuning(self) -> None:
         """End."""
 
     def generate_measure_candidates(self) -> Any:
         """The next candidates; None when there are no more."""
-        self.asked = self.search.ask(self.batch)
-        if not self.asked:
-            return None
-        task = self.search.task
+        candidates, self._first = self._ask() if self._first is None else self._first, None
+        return candidates or None
+
+    def _ask(self) -> list[Any]:
+        self.asked, task = self.search.ask(self.batch), self.search.task
         scheduled = [schedule_with(task.workload, self.space, knobs) for knobs in self.asked]
         return [ms.MeasureCandidate(sch, task.args_info) for sch in scheduled]
 
@@ -187,4 +196,4 @@ class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
 
     def clone(self) -> Any:
         """A strategy for the same search: a search is not to be done twice."""
-        return KnobStrategy(self.search, self.batch)
+        return KnobStrategy(self.search, self.batch, self.begin)

@@ -242,5 +242,5 @@ def write_whole(path: Path, text: str) -> None:
         os.chmod(name, 0o666 & ~mask)
         replace_file(Path(name), path)
     except BaseException:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)  # it may have got its final name before an interrupt came
         raise

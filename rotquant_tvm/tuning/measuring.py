@@ -94,32 +94,35 @@ def bench_for(target: tvm.target.Target, folder: str) -> Bench:
     return _BENCHES[key]
 
 
-def device_roofline(target: tvm.target.Target, folder: str, known: bool = False) -> Roofline:
-    """Open the device, and measure what it could do unless that is ``known``."""
+def open_bench(target: tvm.target.Target, folder: str, known: bool = False) -> tuple[Roofline, Path]:
+    """Open the device, and measure what it could do unless that is ``known``; returns its ``turn_file`` too."""
     device = bench_for(target, folder).device
-    return Roofline() if known else measured_roofline(device)
+    file = turn_file(device)
+    if known:
+        return Roofline(), file
+    with locked_file(file, lambda: None):
+        return measured_roofline(device), file
 
 
 def measure_candidate(
     target: tvm.target.Target, folder: str, library: str, args_info: list[list[Any]], timing: Timing
 ) -> list[float]:
-    """Run, compare and time a candidate; returns seconds per run. Raises DeviceError for a wrong result.
-
-    Processes that measure on the same device take turns, so that several tasks can be tuned at once.
-    """
+    """Run, compare and time a candidate; returns seconds per run. Raises DeviceError for a wrong result."""
     bench, candidate = bench_for(target, folder), Candidate.read(library, args_info)
     kernel = tvm.runtime.load_module(library)[MAIN]
-    with locked_file(turn_file(bench.device), lambda: None):
-        bench.prepare(candidate.measurement)
-        sets = [candidate.arguments(arrays, bench.device) for arrays in bench.sets]
-        kernel(*sets[0])
-        bench.check(candidate.measurement)
-        calls = [lambda arguments=arguments: kernel(*arguments) for arguments in sets]
-        return time_calls(calls, timing, getattr(bench.device, "torch", None))
+    bench.prepare(candidate.measurement)
+    sets = [candidate.arguments(arrays, bench.device) for arrays in bench.sets]
+    kernel(*sets[0])
+    bench.check(candidate.measurement)
+    calls = [lambda arguments=arguments: kernel(*arguments) for arguments in sets]
+    return time_calls(calls, timing, getattr(bench.device, "torch", None))
 
 
 def turn_file(device: BenchmarkDevice) -> Path:
-    """The file that whoever measures on a device locks: several tunings at once would disturb each other's times."""
+    """The file that whoever measures on a device locks: several tunings at once would disturb each other's times.
+
+    It is one user's, in the folder for temporary files: where another user has it, nobody waits.
+    """
     name = re.sub(r"[^0-9A-Za-z]+", "-", f"{device.name} {device.unit}").strip("-")
     return Path(tempfile.gettempdir()) / f"rotquant-tvm-measuring-{name}"
 

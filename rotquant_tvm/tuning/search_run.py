@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from .trial_files import TrialFiles
 
 _FIRST_SHARE = 0.7
 """Of a task's trials at most are compiled at a time, so that the rest can follow the best of them."""
+_FEW = 6
+"""Trials of a task up to which there is no such rest: its compiler would run alone."""
 
 
 class SearchRun:
@@ -95,10 +97,11 @@ class SearchRun:
     def _schedule(self, builder: KernelBuilder, runner: KernelRunner, most: int | None, seed: int) -> None:
         load_tensor_intrinsics()
         trials = max(search.trials for search in self.searches)
-        batch = max(1, min(self.parallel, math.ceil(_FIRST_SHARE * trials)))
+        batch = max(1, min(self.parallel, trials if trials <= _FEW else math.ceil(_FIRST_SHARE * trials)))
         total = len(self.searches) * (trials + 1)
+        begin = builder.begin if most is None or most >= total else None
         tune_tasks(
-            tasks=[self._context(search, batch, seed) for search in self.searches],
+            tasks=[self._context(search, batch, seed, begin) for search in self.searches],
             task_weights=[1.0] * len(self.searches),
             work_dir=str(self.scratch),
             max_trials_global=total if most is None else min(total, most),
@@ -112,13 +115,13 @@ class SearchRun:
             task_scheduler="round-robin",
         )
 
-    def _context(self, search: KnobSearch, batch: int, seed: int) -> ms.TuneContext:
+    def _context(self, search: KnobSearch, batch: int, seed: int, begin: Callable[..., None] | None) -> ms.TuneContext:
         space = knob_space(search.task.knobs)
         return ms.TuneContext(
             search.task.workload,
             target=search.task.target,
             space_generator=ms.space_generator.ScheduleFn(space, sch_rules=[], postprocs=[], mutator_probs={}),
-            search_strategy=KnobStrategy(search, batch),
+            search_strategy=KnobStrategy(search, batch, begin),
             task_name=search.task.name,
             rand_state=seed + 1,
             num_threads=1,

@@ -21,7 +21,7 @@ HUGE = 1 << 20
 
 
 @cache
-def library(kv_cache: str = POLICY):
+def library(kv_cache: str):
     """A tiny model whose heads the GPU's own kernels take."""
     return model(kv_cache, "cuda", head_dim=64).library("cuda")
 
@@ -29,7 +29,7 @@ def library(kv_cache: str = POLICY):
 def used_bytes() -> int:
     torch = pytest.importorskip("torch")
     gc.collect()
-    library().device.sync()
+    library(POLICY).device.sync()
     free, total = torch.cuda.mem_get_info()
     return total - free
 
@@ -90,12 +90,12 @@ def test_two_hundred_sessions_leave_nothing(tmp_path):
     """Their decode steps recorded, some copied, saved and restored."""
 
     def cycle(count):
-        session = library().session(batch=1 + count % 3, capacity=128 + 8 * count)
+        session = library(POLICY).session(batch=1 + count % 3, capacity=128 + 8 * count)
         session.prefill([[1, 2, 3]] * session.batch)
         if count % 10 == 0:
             session.reorder([0, 0])
             session.fork().save(tmp_path / "prefix.kv")
-            library().restore(tmp_path / "prefix.kv").decode([1, 2])
+            library(POLICY).restore(tmp_path / "prefix.kv").decode([1, 2])
         for _ in range(4):
             session.decode([4] * session.batch)
 

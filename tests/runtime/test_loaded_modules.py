@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,16 +49,25 @@ def test_a_file_that_is_loaded_twice_is_mapped_twice(path):
 
 def test_a_file_that_was_replaced_is_loaded_anew(path, library_bytes):
     old = load_module(path)
+    path.unlink()
     path.write_bytes(b"no library")
     with pytest.raises(Exception, match=NAME):
         load_module(path)
     path.write_bytes(library_bytes)
-    assert load_module(path) is not old
+    load_module(path)
+    assert old.implements_function("kv_cache_info") == load_module(path).implements_function("kv_cache_info")
 
 
-def test_without_room_for_a_copy_the_file_itself_is_loaded(path, monkeypatch):
+@pytest.mark.parametrize("case", ["full", "nothing may be run there"])
+def test_without_a_copy_the_file_itself_is_loaded(path, monkeypatch, case):
     def full(*_paths):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loaded_modules.shutil, "copyfile", full)
-    assert load_module(path) is not None
+    if case == "full":
+        monkeypatch.setattr(loaded_modules.shutil, "copyfile", full)
+    else:
+        monkeypatch.setattr(loaded_modules.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    assert not mappings()
+    module = load_module(path)
+    assert mappings() == {str(path.stat().st_ino)}
+    del module

@@ -17,7 +17,8 @@ from rotquant_tvm.tuning.kernel_builder import Candidate, build_candidate
 from rotquant_tvm.tuning.kernel_runner import MeasuringProcess
 from rotquant_tvm.tuning.kernel_timer import Timing
 from rotquant_tvm.tuning.knob_space import ANNOTATION
-from rotquant_tvm.tuning.measuring import Bench, _agree, measure_candidate, turn_file
+from rotquant_tvm.tuning.measuring import Bench, _agree, measure_candidate, open_bench, turn_file
+from rotquant_tvm.tuning.roofline import Roofline
 from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
 TIMING = Timing(2, 2, 0)
@@ -141,12 +142,22 @@ def test_a_process_that_fails_is_replaced(task, llvm, tmp_path):
         process.close()
 
 
-def test_measurements_on_a_device_take_turns(bench, task, llvm, tmp_path):
-    """Another tuning has the device: this one's candidate waits for it."""
+
+def test_measurements_on_a_device_take_turns(task, llvm, tmp_path, monkeypatch):
+    """Another tuning has the device: this one's candidate begins when that has ended, and its time only then."""
+    process = MeasuringProcess(llvm, tmp_path, TIMING, 60.0, roofline=Roofline(1.0, 1.0))
     library = built(task, tmp_path)
-    with ThreadPoolExecutor(1) as thread:
-        with locked_file(turn_file(bench.device), lambda: None):
-            waiting = thread.submit(measure_candidate, llvm, str(tmp_path), library, args_info(task), TIMING)
-            with pytest.raises(NotYet):
-                waiting.result(1)
-        assert min(waiting.result(60)) > 0
+    called, call = [], process._worker.call
+    monkeypatch.setattr(process._worker, "call", lambda *words: called.append(words[1]) or call(*words))
+    try:
+        process.open()
+        with ThreadPoolExecutor(1) as thread:
+            with locked_file(turn_file(open_device(llvm, 1)), lambda: None):
+                waiting = thread.submit(process.measure, library, args_info(task))
+                with pytest.raises(NotYet):
+                    waiting.result(0.5)
+                assert called == [open_bench]
+            assert min(waiting.result(60)) > 0
+        assert called == [open_bench, measure_candidate]
+    finally:
+        process.close()
