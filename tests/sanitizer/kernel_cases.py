@@ -146,11 +146,14 @@ def append_launch(name: str, pair: str, d: int, dtype: str, new: Any, before: An
     )
 
 
-def decode_launch(name: str, case: Case, dtype: str, policy=NO_POLICY, window=None, raw=False, **knobs) -> Launch:
+def decode_launch(
+    name: str, case: Case, dtype: str, policy=NO_POLICY, window=None, raw=False, longest=1021, **knobs
+) -> Launch:
     """``attention_decode`` over sequences of several splits, of one token and of none."""
-    rng, lengths = numbers(name), counts(1021, 33, 0)
+    rng, lengths = numbers(name), counts(longest, 33, 0)
     shape = site(case, dtype, policy, window, rotated=raw)
-    arrays = cache_arrays(rng, case, lengths, WindowRing(window, policy).tiles if window else 36, policy)
+    tiles = WindowRing(window, policy).tiles if window else longest // 32 + 5
+    arrays = cache_arrays(rng, case, lengths, tiles, policy)
     q = normal(rng, dtype, BATCH, 1, case.heads, case.head_dim)
     key, value = case.codecs
     data = [coefficients(key.rotation), coefficients(value.inverse_rotation)] if raw else []
@@ -245,6 +248,8 @@ def kv_cases() -> list[KernelCase]:
         case("decode", "half", decode_launch, Case("f16/hurwitz3", 96, 5, 1), "float16"),
         case("decode", "wide", decode_launch, Case("hurwitz4", 256, 16, 1), "float16"),
         case("decode", "policy", decode_launch, main, "float16", PRESET, least=1),
+        # As many tiles to a warp as give the rows in 16 bits a block of their own.
+        case("decode", "policy_apart", decode_launch, main, "float16", PRESET, longest=4321, least=1, warps=1),
         case("decode", "policy_raw", decode_launch, main, "float16", PRESET, raw=True, cuda=True),
         case("decode", "window", decode_launch, main, "float16", window=500),
         case("decode", "policy_window", decode_launch, main, "float16", ring, window=300),
