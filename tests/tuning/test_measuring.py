@@ -143,21 +143,27 @@ def test_a_process_that_fails_is_replaced(task, llvm, tmp_path):
 
 
 
-def test_measurements_on_a_device_take_turns(task, llvm, tmp_path, monkeypatch):
+def test_measurements_on_a_device_take_turns(llvm, tmp_path, monkeypatch):
     """Another tuning has the device: this one's candidate begins when that has ended, and its time only then."""
-    process = MeasuringProcess(llvm, tmp_path, TIMING, 60.0, roofline=Roofline(1.0, 1.0))
-    library = built(task, tmp_path)
-    called, call = [], process._worker.call
-    monkeypatch.setattr(process._worker, "call", lambda *words: called.append(words[1]) or call(*words))
-    try:
-        process.open()
-        with ThreadPoolExecutor(1) as thread:
-            with locked_file(turn_file(open_device(llvm, 1)), lambda: None):
-                waiting = thread.submit(process.measure, library, args_info(task))
-                with pytest.raises(NotYet):
-                    waiting.result(0.5)
-                assert called == [open_bench]
-            assert min(waiting.result(60)) > 0
-        assert called == [open_bench, measure_candidate]
-    finally:
-        process.close()
+    process, file = MeasuringProcess(llvm, tmp_path, TIMING, 60.0), turn_file(open_device(llvm, 1))
+    called = []
+
+    def call(_seconds, function, *_arguments):
+        called.append(function)
+        return (Roofline(1.0, 1.0), file) if function is open_bench else [1.0]
+
+    monkeypatch.setattr(process._worker, "call", call)
+    process.open()
+    with ThreadPoolExecutor(1) as thread:
+        with locked_file(file, lambda: None):
+            waiting = thread.submit(process.measure, "kernel.so", [])
+            with pytest.raises(NotYet):
+                waiting.result(0.2)
+            assert open_bench in called and measure_candidate not in called
+        assert waiting.result(60) == [1.0]
+    assert called[-1] is measure_candidate
+
+
+def test_a_bench_tells_which_file_its_turns_are_kept_by(llvm, tmp_path):
+    roofline, file = open_bench(llvm, str(tmp_path), known=True)
+    assert roofline == Roofline() and file == turn_file(open_device(llvm, 1)) and " " not in file.name
