@@ -99,7 +99,8 @@ class SearchRun:
         trials = max(search.trials for search in self.searches)
         batch = max(1, min(self.parallel, trials if trials <= _FEW else math.ceil(_FIRST_SHARE * trials)))
         total = len(self.searches) * (trials + 1)
-        begin = builder.begin if most is None or most >= total else None
+        # Not where compiling would disturb what is measured, nor what may never be asked for.
+        begin = builder.begin if not runner.alone and (most is None or most >= total) else None
         tune_tasks(
             tasks=[self._context(search, batch, seed, begin) for search in self.searches],
             task_weights=[1.0] * len(self.searches),

@@ -13,7 +13,7 @@ from rotquant_tvm.schedules.knobs import chosen_knobs
 from tvm.s_tir import meta_schedule as ms
 
 from rotquant_tvm.errors import DeviceError, UsageError
-from rotquant_tvm.tuning import kernel_runner, trial_files
+from rotquant_tvm.tuning import kernel_runner, search_run, trial_files
 from rotquant_tvm.tuning.apply_records import with_record
 from rotquant_tvm.tuning.kernel_runner import MeasuringProcess
 from rotquant_tvm.tuning.kernel_timer import Timing
@@ -218,3 +218,26 @@ def test_from_measuring_to_the_compiled_kernel(tasks, definitions, llvm, tmp_pat
     records = TuningRecords(llvm, tmp_path)
     tuned = with_record(definitions()["attention_decode"], records, WantedSizes(1, 1024))
     assert chosen_knobs(tuned) == record.knobs and records.warnings == []
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_candidates_are_compiled_ahead_where_it_disturbs_no_measurement(
+    tasks, fake_device, monkeypatch, tmp_path, alone
+):
+    """On a CPU the compiler would take time from the kernel that is measured."""
+    begins, strategy, runner = [], search_run.KnobStrategy, search_run.KernelRunner
+
+    def noting(search, batch, begin):
+        begins.append(begin)
+        return strategy(search, batch, begin)
+
+    def running(process):
+        made = runner(process)
+        made.alone = alone
+        return made
+
+    monkeypatch.setattr(search_run, "KnobStrategy", noting)
+    monkeypatch.setattr(search_run, "KernelRunner", running)
+    result = tune(tasks, tmp_path, OPTIONS)
+    assert [begin is None for begin in begins] == [alone] * len(tasks)
+    assert len(result.records) == len(tasks) and result.finished and len(fake_device) == 8
