@@ -15,8 +15,8 @@ def load_module(path: Path) -> Module:
     """Load the library file ``path``; raises what TVM raises.
 
     A copy is loaded. Of a file that is loaded already the system's loader would return the library that is there, whose
-    kernels TVM looks up in the module that was loaded last: once that one has gone, the other ends the process. And of
-    a path that it has loaded, the library of then, even if the file is another one by now.
+    kernels TVM looks up in the module that was loaded last, even if that one has gone. And of a path that it has
+    loaded, the library of then, even if the file is another one by now.
     ``tvm.runtime.load_module`` keeps every library until the process ends, and 85 KB or more of what it read at each
     load; here the library's users keep it.
 

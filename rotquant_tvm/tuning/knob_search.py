@@ -172,8 +172,8 @@ class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
     ) -> None:
         """Keep the space, and begin."""
         self.space = design_spaces[0].trace
-        self._first = self._ask()
         if self.begin is not None:
+            self._first = self._ask()
             self.begin([candidate.sch.mod for candidate in self._first], self.search.task.target)
 
     def post_tuning(self) -> None:
