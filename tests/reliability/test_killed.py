@@ -38,6 +38,7 @@ def kill_writers(write, folder, kills: int, longest: float) -> int:
     moments, left = random.Random(kills), 0
     for kill in range(kills):
         ready = folder.parent / f"ready{kill}"
+        ready.unlink(missing_ok=True)  # of an earlier call
 
         def go_on(first=1000 * kill, ready=ready):
             for version in range(first, first + 1000):
