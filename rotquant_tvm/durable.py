@@ -26,6 +26,14 @@ def replace_file(written: Path, final: Path) -> None:
     sync_name(final)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, and force their names to the disk. Raises OSError."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in reversed(missing):
+        sync_name(each)
+
+
 def sync_file(path: Path) -> None:
     """Force a file's contents to the disk. Raises OSError, also where only now the disk turns out to be full."""
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs what may be written

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .durable import sync_contents, sync_name
+from .durable import make_folder, sync_contents, sync_name
 from .errors import UsageError
 from .process_locks import is_abandoned, locked_folder
 
@@ -37,7 +37,7 @@ def staging_folder(final: Path) -> Iterator[Path]:
     missing = [folder for folder in final.parents if not folder.exists()]
     folder = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         remove_abandoned(final.parent, re.escape(final.name))
         with locked_folder(folder):
             try:

@@ -16,7 +16,7 @@ import tvm
 
 from rotquant_tvm import durable, staging
 from rotquant_tvm.cli import files
-from rotquant_tvm.durable import replace_file, sync_contents, sync_name
+from rotquant_tvm.durable import make_folder, replace_file, sync_contents, sync_name
 from rotquant_tvm.runtime.cache_file import save_cache
 from rotquant_tvm.tuning import log_store
 
@@ -93,6 +93,20 @@ def test_a_folder_is_on_the_disk_before_its_name(tmp_path, events, monkeypatch, 
     assert [path.name for path in before if "deep" in path.parts] == ["b", "deep"]
     assert events[named + 1 :] == [("sync", ".")]
     assert os.listdir(tmp_path) == ["final"] and sorted(os.listdir(final)) == ["a", "deep"]
+
+
+def test_new_folders_are_on_the_disk_from_the_outermost_on(tmp_path, events):
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir() and events == [("sync", "."), ("sync", "a"), ("sync", "a/b")]
+
+
+def test_an_output_in_new_folders(tmp_path, events):
+    """The names above it come first."""
+    final = tmp_path / "new" / "final"
+    with staging.staging_folder(final) as folder:
+        staging.move_into_place(folder, final)
+    assert events[0] == ("sync", ".") and events[-2:] == [("name", "new/final"), ("sync", "new")]
 
 
 def refuse(monkeypatch, number, folders, by="fsync"):

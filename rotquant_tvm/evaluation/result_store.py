@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rotquant_tvm.durable import make_folder
 from rotquant_tvm.errors import UsageError
 
 FILE = "evaluation.jsonl"
@@ -23,7 +24,7 @@ class ResultStore:
         self.path = folder / FILE
         self._values: dict[str, Any] = {}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             with self.path.open("a+b") as file:
                 file.seek(0)
                 lines = file.read().split(b"\n")

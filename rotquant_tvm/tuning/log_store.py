@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..durable import replace_file
+from ..durable import make_folder, replace_file
 from ..errors import UsageError
 from .kernel_shape import KernelShape
 from .log_document import MalformedLogError, check_manifest, parse, parse_lines, read_text
@@ -201,7 +201,7 @@ def write_log(folder: Path, log: TuningLog) -> None:
     manifest = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     texts = {WORKLOAD_FILE: _text(workloads), RECORD_FILE: _text(lines), MANIFEST_FILE: manifest}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_whole(folder / PENDING_FILE, json.dumps(texts))
         _put(folder, texts)
     except OSError as error:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..durable import make_folder
 from ..errors import UsageError
 from .log_document import MalformedLogError, parse, read_text
 from .log_folders import RECORD_FILE, WORKLOAD_FILE
@@ -114,7 +115,7 @@ def _sound_lines(path: Path, read: Callable[[Any], None]) -> list[str]:
 def open_trials(folder: Path) -> Iterator[TrialFiles]:
     """Open the trials in a folder, or begin them; raises ``UsageError`` if another process has them open."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise UsageError(f"cannot write the tuning log {folder}: {error.strerror or error}") from error
