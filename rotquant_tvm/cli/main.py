@@ -25,6 +25,7 @@ from rotquant_tvm.cli.next_steps import next_steps
 from rotquant_tvm.cli.options import Parser, common_options, join_layer_lists
 from rotquant_tvm.cli.output import Output
 from rotquant_tvm.cli.streams import Streams, own_streams
+from rotquant_tvm.cli.unknown_words import option_names, unknown_words
 from rotquant_tvm.errors import RotQuantError, UsageError
 
 COMMANDS = ("compile", "tune", "run", "eval", "bench", "formats", "inspect", "logs", "env", "completion")
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser, commands = build_parser()
         check_former_options(argv, {name: list(command._option_string_actions) for name, command in commands.items()})
-        arguments = parser.parse_args(join_layer_lists(expand_config(argv, commands)))
+        arguments, unknown = parser.parse_known_args(join_layer_lists(expand_config(argv, commands)))
+        if unknown:
+            raise unknown_words(arguments.command, unknown, option_names(commands[arguments.command]))
     except UsageError as error:
         output = Output(Streams(sys.stdout, sys.stderr), "--json" in argv, _verbosity(argv))
         status = _failed(error, output)
