@@ -29,7 +29,7 @@ from .frontend.source_files import source_files
 from .input_shapes import fixed_batch
 from .kv_cache_config import KVCacheConfig
 from .linker import linker_command
-from .process_locks import locked_file
+from .process_locks import locked_file, remove_abandoned_file
 from .shared_weights import share_weights
 from .staging import ABANDONED_SECONDS, remove_abandoned
 from .tuning.log_folders import user_log_files
@@ -39,7 +39,8 @@ _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers", "gguf", "o
 _SOURCES = ("rotquant_tvm", "rotquant_tvm.passes", "rotquant_tvm.schedules", "rotquant_tvm.tuning_logs")
 _WITHOUT_EFFECT = ("cli", "evaluation", "benchmark")  # subpackages that no compile runs
 _ENTRY = re.compile(r"[0-9a-f]{64}")
-_LEFT_BEHIND = re.compile(r"\.[0-9a-f]{64}\.([a-z0-9_]{8}\.replaced|lock)")
+_RETIRED = re.compile(r"\.[0-9a-f]{64}\.[a-z0-9_]{8}\.replaced")
+_LOCK = re.compile(r"\.[0-9a-f]{64}\.lock")
 Progress: TypeAlias = Callable[[str], None]
 
 
@@ -179,7 +180,10 @@ class CompileCache:
             with suppress(OSError):  # another process may be removing it
                 changed[entry] = entry.stat().st_mtime
         remove_abandoned(self.folder, _ENTRY.pattern)
-        left = [entry for entry in changed if _LEFT_BEHIND.fullmatch(entry.name)]
+        for entry in changed:
+            if _LOCK.fullmatch(entry.name):
+                remove_abandoned_file(entry, ABANDONED_SECONDS)
+        left = [entry for entry in changed if _RETIRED.fullmatch(entry.name)]
         whole = [entry for entry in changed if _ENTRY.fullmatch(entry.name) and entry != newest]
         whole.sort(key=changed.__getitem__, reverse=True)
         deadline = time.time() - ABANDONED_SECONDS

@@ -80,6 +80,21 @@ def _locked(path: Path, waiting: Callable[[], object]) -> int | None:
             return descriptor
 
 
+def remove_abandoned_file(path: Path, seconds: float) -> None:
+    """Remove the file of a lock that no process holds; where nothing can be locked, one of so many ``seconds``.
+
+    It is removed while this process holds it, so that whoever waits for it finds it gone and makes another.
+    """
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            taken = lock(descriptor, wait=False)
+            if is_at(descriptor, path) if taken else taken is None and _is_older(path, seconds):
+                path.unlink()
+        finally:
+            os.close(descriptor)
+
+
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
     """Make the folder ``path`` and hold its lock, where it can be locked; raises OSError if it cannot be made."""

@@ -13,7 +13,7 @@ from rotquant_tvm import compile_cache, compiler
 from rotquant_tvm.compile_cache import CompileCache, cache_folder, model_digest
 from rotquant_tvm.errors import DeviceError, FormatError, ModelError, UsageError
 from rotquant_tvm.kv_cache_config import KVCacheConfig, LayerFormats
-from rotquant_tvm.process_locks import locked_folder
+from rotquant_tvm.process_locks import locked_file, locked_folder
 from rotquant_tvm.runtime import read_artifact, write_artifact
 from rotquant_tvm.runtime.cache_info import INFO_VERSION, LAYOUT_VERSION
 
@@ -209,13 +209,14 @@ def test_only_the_newest_entries_stay(tmp_path, model, compiles):
 
 def test_leftovers_of_interrupted_compiles_are_removed_in_time(cache, model, compiles):
     killed, old, retired, running = (f".{c * 64}.0123abcd.{end}" for c, end in zip("abcd", ENDS, strict=True))
-    lock, new_lock = f".{'e' * 64}.lock", f".{'f' * 64}.lock"
-    for name, age in ((killed, 60), (old, 3 * 86400), (retired, 60), (lock, 3 * 86400), (new_lock, 60)):
+    lock, held = f".{'e' * 64}.lock", f".{'f' * 64}.lock"
+    for name, age in ((killed, 60), (old, 3 * 86400), (retired, 60)):
         (cache.folder / name).mkdir(parents=True)
         os.utime(cache.folder / name, (time.time() - age,) * 2)
-    with locked_folder(cache.folder / running):
+    (cache.folder / lock).touch()
+    with locked_folder(cache.folder / running), locked_file(cache.folder / held, lambda: None):
         kept = cache.artifact(model).path
-        assert set(cache.folder.iterdir()) == {kept, *(cache.folder / name for name in (retired, running, new_lock))}
+        assert set(cache.folder.iterdir()) == {kept, *(cache.folder / name for name in (retired, running, held))}
 
 
 def test_what_the_cache_did_not_write_is_left_alone(tmp_path, model, compiles):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from rotquant_tvm import process_locks
-from rotquant_tvm.process_locks import is_abandoned, locked_file, locked_folder
+from rotquant_tvm.process_locks import is_abandoned, locked_file, locked_folder, remove_abandoned_file
 
 
 def silent():
@@ -42,6 +42,43 @@ def test_a_file_that_was_left_behind_is_taken(tmp_path):
     with locked_file(tmp_path / ".lock", lambda: pytest.fail("waited")):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_nobody_has_is_removed(tmp_path):
+    path = tmp_path / ".lock"
+    path.touch()
+    remove_abandoned_file(path, 3600)
+    assert not path.exists()
+    with locked_file(path, silent):
+        remove_abandoned_file(path, 0)
+        assert path.exists()
+    remove_abandoned_file(path, 0)  # there is none
+
+
+def test_files_are_removed_while_they_are_taken(tmp_path):
+    """Whoever waits for one that is removed makes another: still one at a time."""
+    path, inside, most, stop = tmp_path / ".lock", [], [], threading.Event()
+
+    def tidy():
+        while not stop.is_set():
+            remove_abandoned_file(path, 3600)
+
+    def work():
+        for _ in range(50):
+            with locked_file(path, silent):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    tidier = threading.Thread(target=tidy)
+    for thread in (tidier, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    tidier.join()
+    assert most == [1] * 200
 
 
 def test_a_folder_is_abandoned_when_nobody_has_it(tmp_path):
@@ -87,3 +124,13 @@ def test_a_place_that_cannot_be_written_is_not_locked(tmp_path):
     (tmp_path / "file").touch()
     with locked_file(tmp_path / "file" / ".lock", lambda: pytest.fail("waited")):
         pass
+
+
+def test_without_locks_age_tells_of_files_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(process_locks, "fcntl", None)
+    for age, seconds, left in ((60, 3600, True), (7200, 3600, False)):
+        path = tmp_path / ".lock"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+        remove_abandoned_file(path, seconds)
+        assert path.exists() == left

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rotquant_tvm.cli.unknown_words import suggestion
 from rotquant_tvm.errors import UsageError
 
 OPTION = "--config"
@@ -97,10 +98,12 @@ def _long_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]
 
 
 def _check_known(path: Path, options: Mapping[str, Any], commands: Mapping[str, argparse.ArgumentParser]) -> None:
+    known = list(dict.fromkeys(name for parser in commands.values() for name in _long_options(parser)))
     for key in options:
-        if not any(f"--{key}" in _long_options(parser) for parser in commands.values()):
+        if f"--{key}" not in known:
             where = f"tvmc {next(iter(commands))}" if len(commands) == 1 else "any command of tvmc"
-            raise UsageError(f"{path}: {key!r} is no option of {where}")
+            meant = suggestion(f"--{key}", known).replace("--", "")
+            raise UsageError(f"{path}: {key!r} is no option of {where}{meant}")
 
 
 def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[str]:

@@ -25,13 +25,12 @@ def unknown_words(command: str, words: Sequence[str], known: Sequence[str]) -> U
     option = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if option is None:
         return UsageError(f"one argument too many: {words[0]}; {see}")
-    near = _near(option, known)
-    meant = f"; did you mean {near}" if near else ""
-    return UsageError(f"tvmc {command} has no option {option}{meant}; {see}")
+    return UsageError(f"tvmc {command} has no option {option}{suggestion(option, known)}; {see}")
 
 
-def _near(option: str, known: Sequence[str]) -> str:
-    """Options that are spelled alike, or that end in the words of this one."""
+def suggestion(option: str, known: Sequence[str]) -> str:
+    """``"; did you mean …"``, with options that are spelled alike or that end in the words of this one, or nothing."""
     ending = [name for name in known if option.strip("-") and name.endswith(f"-{option.lstrip('-')}")]
     close = difflib.get_close_matches(option, known, n=3, cutoff=0.75) if option.startswith("--") else []
-    return " or ".join(list(dict.fromkeys([*ending, *close]))[:3])
+    near = list(dict.fromkeys([*ending, *close]))[:3]
+    return f"; did you mean {' or '.join(near)}" if near else ""

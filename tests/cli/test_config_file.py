@@ -55,7 +55,7 @@ def test_of_two_files_the_later_counts(write):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('kv-cach = "rq3"', "'kv-cach' is no option of any command"),
+        ('kv-cach = "rq3"', "'kv-cach' is no option of any command of tvmc; did you mean kv-cache"),
         ('[compile]\nprompt = "x"', "'prompt' is no option of tvmc compile"),
         ('[compiel]\ntarget = "cuda"', "no command 'compiel'"),
         ("kv-cache = ", "neither TOML nor JSON"),
