@@ -12,6 +12,7 @@ from tvm import relax
 from rotquant_tvm import ops
 from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.formats import Codec, Rotation, TileLayout
+from rotquant_tvm.ops.append_plain import RowRotations
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
 from .find_attention import AttentionSite
@@ -72,12 +73,13 @@ class KernelLibrary:
         key = ("flush", shape.k, shape.v, shape.head_dim, *options.values(), *common)
         return self._add(key, lambda: ops.flush(*shape.codecs(), *common, **options), shape)
 
-    def append_plain(self, shape: SiteShape) -> tvm.ir.GlobalVar:
+    def append_plain(self, shape: SiteShape, rotations: RowRotations | None = None) -> tvm.ir.GlobalVar:
         """``ops.append_plain``."""
         k, v = shape.codecs()
         words = TileLayout(k.format, v.format, shape.head_dim).tile_bytes // 4
         common = (shape.kv_heads, shape.head_dim, words, shape.dtype, shape.cache_policy, self.axes)
-        return self._add(("append_plain", *common), lambda: ops.append_plain(*common), shape)
+        build = lambda: ops.append_plain(*common, rotations=rotations)  # noqa: E731
+        return self._add(("append_plain", rotations, *common), build, shape)
 
     def join(self, result: tuple[int, str], others: tuple[tuple[int, str], ...]) -> tvm.ir.GlobalVar:
         """``ops.join``."""

@@ -55,11 +55,12 @@ def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.tran
         from .passes.fuse_prefill_rotation import FusePrefillRotation
         from .passes.fuse_rms_norm import FuseRMSNorm
         from .passes.fuse_rotary import FuseRotary
+        from .passes.fuse_row_rotation import FuseRowRotation
         from .passes.join_linear_weights import JoinLinearWeights
         from .passes.view_reshapes import ViewReshapes
 
-        passes += [FuseDecodeRotation(target), FusePrefillRotation(target), JoinLinearWeights(target)]
-        passes += [FuseRMSNorm(target), FuseRotary(target), ViewReshapes()]
+        passes += [FuseDecodeRotation(target), FusePrefillRotation(target), FuseRowRotation(target)]
+        passes += [JoinLinearWeights(target), FuseRMSNorm(target), FuseRotary(target), ViewReshapes()]
     return passes
 
 

@@ -1,6 +1,7 @@
 """Append to the 16-bit segments on CUDA: the kernel for ``ops.append_plain``, a warp per row of keys and values.
 
-Where a chunk has more tokens than there are slots, warps go over the slots instead and find each one's token.
+Where a chunk has more tokens than there are slots, warps go over the slots instead and find each one's token. A
+definition that rotates its rows has a kernel of its own (``append_turned_cuda``).
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import tvm.tirx as tir
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from rotquant_tvm.cache_policy import CachePolicy
+from rotquant_tvm.ops.append_plain import row_rotations
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
+from .append_turned_cuda import append_turned_kernel
 from .cuda_ops import WARP, Registers, float_of, half2, i32, load_words, pack_half2, scalar, store_words
 from .cuda_target import compute_capability
 from .knobs import chosen_knobs
+from .plain_slots_cuda import row_and_slot
 from .tile_rows_cuda import brain2, clip
 
 Expr = Any
@@ -30,7 +33,9 @@ def append_plain_cuda(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm
     shape = SiteShape.of(func)
     if shape is None:
         return None
-    words = int(func.params[6].ty.shape[3])
+    words, rotations = int(func.params[-1].ty.shape[3]), row_rotations(func)
+    if rotations is not None:
+        return append_turned_kernel(shape, rotations, target, words, **chosen_knobs(func))
     return append_plain_kernel(shape, target, words, **chosen_knobs(func))
 
 
@@ -63,41 +68,10 @@ def append_plain_kernel(
                     b, head = scalar(unit // (each * kv_heads)), scalar(unit // each % kv_heads)
                     where = (b.astype("int64"), head.astype("int64"))
                     packed, length, count = (scalar(array[b]) for array in counts)
-                    row, slot, kept = _row_and_slot(policy, scalar(unit % each), (packed, length, count), seq)
+                    row, slot, kept = row_and_slot(policy, scalar(unit % each), (packed, length, count), seq)
                     with T.If(kept), T.Then():
                         _copy(plain, new, where, row, slot, lane)
     return shape.attach(builder.get())
-
-
-def _row_and_slot(policy: CachePolicy, item: Expr, counts: tuple[Expr, Expr, Expr], seq: Expr) -> tuple[Expr, ...]:
-    """(new token, slot, whether it is stored there) of item number ``item``: a token, or a slot if these are fewer."""
-    packed, length, count = counts
-    sinks, ring = policy.sinks, policy.ring
-    start = scalar(length - count)
-    row, slot = Registers(1, "int32"), Registers(1, "int32")
-    with T.If(seq <= policy.slots):
-        with T.Then():
-            place = scalar(start + item)
-            row[0] = item
-            behind = tir.max(place - sinks, i32(0)) % ring + sinks if ring else place
-            slot[0] = tir.Select(place < sinks, place, behind)
-        with T.Else():
-            slot[0] = item
-            row[0] = item - start
-            if ring:
-                last = scalar(length - 1 - sinks)
-                # The newest token behind the sinks whose number is the slot's, modulo the ring's size.
-                turned = (last + i32(ring)) % ring - (item - sinks)
-                number = last - tir.Select(turned < 0, turned + ring, turned)
-                number = scalar(number)
-                behind = tir.Select(number >= 0, number + sinks - start, i32(-1))
-                row[0] = tir.Select(item < sinks, item - start, behind)
-    place = start + row[0]
-    kept = place < sinks
-    if ring:
-        kept = tir.any(kept, tir.all(place >= sinks, place - sinks >= packed))
-    exists = tir.all(row[0] >= 0, row[0] < count)
-    return row[0], slot[0], tir.all(kept, exists)
 
 
 def _copy(plain: Any, new: list[Any], where: tuple[Expr, Expr], row: Expr, slot: Expr, lane: Expr) -> None:

@@ -17,8 +17,9 @@ from rotquant_tvm.formats import TOKENS, TileLayout
 from rotquant_tvm.formats.centre import centre_words
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
-from .cuda_ops import WARP, Registers, block_sync, i32, scalar
+from .cuda_ops import WARP, Registers, block_sync, i32, load_words, scalar
 from .cuda_target import compute_capability, dynamic_shared_memory
+from .dependent_launch_cuda import let_next_start, starts_early, wait_for_inputs
 from .flush_centre_cuda import BlockCentre
 from .flush_rows_cuda import BlockRows
 from .knobs import chosen_knobs
@@ -49,15 +50,15 @@ def flush_kernel(
         return None
     if not all(supported(codec) for codec in shape.codecs()):
         return None
-    kernel = _Flush(shape, warps)
+    kernel = _Flush(shape, warps, starts_early(target))
     if kernel.shared_bytes > dynamic_shared_memory(target):
         return None
     return shape.attach(kernel.build(after))
 
 
 class _Flush:
-    def __init__(self, shape: SiteShape, warps: int) -> None:
-        self.shape, self.policy = shape, shape.cache_policy
+    def __init__(self, shape: SiteShape, warps: int, starts_early: bool) -> None:
+        self.shape, self.policy, self.starts_early = shape, shape.cache_policy, starts_early
         self.codecs = tuple(codec.in_rotated_basis() for codec in shape.codecs())
         self.layout = TileLayout(self.codecs[0].format, self.codecs[1].format, shape.head_dim)
         self.size = max(self.policy.block, TOKENS)
@@ -93,10 +94,12 @@ class _Flush:
             side = (seq + (self.size - 1)) // self.size
             with T.launch_thread("blockIdx.x", batch * kv_heads * side) as block:
                 with T.launch_thread("threadIdx.x", self.warps * WARP) as thread:
+                    let_next_start(self.starts_early)
+                    wait_for_inputs(self.starts_early)
                     block, thread, each = scalar(i32(block)), scalar(i32(thread)), scalar(i32(side))
                     b, head = scalar(block // (each * kv_heads)), scalar(block // each % kv_heads)
                     where = (b.astype("int64"), head.astype("int64"))
-                    before, packed, length, count = (scalar(array[b]) for array in counts)
+                    before, packed, length, count = self._counts(counts, b)
                     limit = scalar(tir.min(packed, i32(tiles * TOKENS)))
                     first = scalar(before // self.size + block % each)
                     wanted = (limit + (self.size - 1)) // self.size - first
@@ -110,6 +113,13 @@ class _Flush:
                         with T.If(high > low), T.Then():
                             self._move(cache, centre, (where, number), (low, high), thread)
         return builder.get()
+
+    def _counts(self, arrays: list[Any], b: Expr) -> Registers:
+        """A sequence's counts. Whatever else is read waits for them, since they say where it is."""
+        found = Registers(len(arrays), "int32")
+        for index, array in enumerate(arrays):
+            load_words(found, index, array, [b], 1, "global")
+        return found
 
     def _move(
         self, cache: Any, centre: Any, place: tuple[Any, Expr], tokens: tuple[Expr, Expr], thread: Expr

@@ -55,7 +55,8 @@ def _rows(
             pasts = {" no flush": full + 1, " flush": full - 1}
             spec = CacheSpec.of(name, settings, shape.batch, full + 2)
         steps = {
-            label: AppendStep(device, operators, settings, spec, start, shape.tokens) for label, start in pasts.items()
+            label: AppendStep(device, operators, settings, spec, start, shape.tokens, fused=True)
+            for label, start in pasts.items()
         }
     except Exception as failed:  # one configuration's failure is a row of the table, not its end
         return [Row.without_time(case, name, failed)]
@@ -71,7 +72,10 @@ def _rows(
 
 
 class AppendStep:
-    """The calls with which a compiled model appends ``tokens`` per sequence to caches that hold ``past``."""
+    """The calls with which a compiled model appends ``tokens`` per sequence to caches that hold ``past``.
+
+    ``fused``: a single token is rotated as it is appended, where the passes fuse these.
+    """
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class AppendStep:
         spec: CacheSpec,
         past: int,
         tokens: int,
+        fused: bool = False,
     ) -> None:
         self.device, self.spec, self.tokens, self.dtype = device, spec, tokens, settings.dtype
         self._past = past
@@ -92,9 +97,11 @@ class AppendStep:
         counts = (self._before, self._after, lengths, new)
         self._counts = [device.argument(device.native(np.asarray(values, np.int32))) for values in counts]
         if spec.policy.segmented:
-            self._rotations = [operators.rotate(codec.rotation, settings.dtype) for codec in spec.codecs]
+            turned = operators.rotating_rows(site) if fused and tokens == 1 else None
+            rotations = [None if turned else operators.rotate(c.rotation, settings.dtype) for c in spec.codecs]
             self._coefficients = [device.coefficients(codec.rotation.data) for codec in spec.codecs]
-            self._flush, self._enter = operators.flush(site, False), operators.append_plain(site)
+            self._rotations, self._turning = rotations, self._coefficients if turned else []
+            self._flush, self._enter = operators.flush(site, False), operators.append_plain(site, turned)
             self._rotated = [device.empty(self._shape, settings.dtype) for _ in range(2)]
             self.kernel = self._flush.label
         else:
@@ -137,7 +144,7 @@ class AppendStep:
         def call() -> None:
             turned = rotated or self._rotate(k, v)
             self._flush.run(*arrays, *turned, before, after, lengths, new)
-            self._enter.run(arrays[-1], *turned, after, lengths, new, arrays[0])
+            self._enter.run(arrays[-1], *turned, *self._turning, after, lengths, new, arrays[0])
 
         return call
 

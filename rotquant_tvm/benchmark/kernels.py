@@ -10,10 +10,11 @@ from tvm import relax
 
 from rotquant_tvm.codegen import compile_kernel
 from rotquant_tvm.formats import Codec, Rotation
+from rotquant_tvm.ops.append_plain import RowRotations
 from rotquant_tvm.ops.site_shape import SiteShape
 from rotquant_tvm.passes.kv_kernels import KernelLibrary
 from rotquant_tvm.passes.lower_kv_ops import SPLITS
-from rotquant_tvm.schedules import attention_decode_cuda, attention_prefill_cuda
+from rotquant_tvm.schedules import append_turned_cuda, attention_decode_cuda, attention_prefill_cuda
 from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
 from rotquant_tvm.schedules.knobs import RECORD_ATTR
 from rotquant_tvm.schedules.vector_kv_kernels import HAND_LAID_ATTR, vector_kernel
@@ -93,9 +94,18 @@ class OperatorLibrary:
         """``ops.flush``."""
         return self._operator(self._definitions.flush(shape, ordered))
 
-    def append_plain(self, shape: SiteShape) -> Operator:
+    def append_plain(self, shape: SiteShape, rotations: RowRotations | None = None) -> Operator:
         """``ops.append_plain``."""
-        return self._operator(self._definitions.append_plain(shape))
+        return self._operator(self._definitions.append_plain(shape, rotations))
+
+    def rotating_rows(self, shape: SiteShape) -> RowRotations | None:
+        """The rotations that the append of a single token does itself, where the passes fuse them; else None."""
+        k, v = shape.codecs()
+        rotations = k.rotation.structure, v.rotation.structure
+        if self._target.kind.name != "cuda" or not any(rotations) or not shape.cache_policy.recent:
+            return None
+        kernel = append_turned_cuda.append_turned_kernel(shape, rotations, self._target, words=1)
+        return rotations if kernel is not None else None
 
     def _operator(self, gvar: tvm.ir.GlobalVar, wanted: WantedSizes | None = None, tuned: bool = True) -> Operator:
         func = self._builder.get()[gvar]

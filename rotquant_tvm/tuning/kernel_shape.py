@@ -84,6 +84,7 @@ class KernelShape:
         words = [self.formats, size, str(found.get("dtype", "")), str(found.get("policy", "")), *_model_words(found)]
         words.append(",".join(f"{block}x{stride}" for block, stride in found.get("structure", ())))
         words += [name if found[name] is True else f"{name}={found[name]}" for name in _EXTRAS if found.get(name)]
+        words += ["rotates rows"] if "rotations" in found else []
         return " ".join(filter(None, words))
 
     def distance(self, other: KernelShape) -> float | None:

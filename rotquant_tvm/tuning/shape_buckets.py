@@ -90,6 +90,7 @@ def default_buckets(
         return [
             _select(names, _sequence(entry, entry.tokens, entry.tokens + 2 * TOKENS, policy))
             for entry in _new_tokens(kind, sequences)
+            if "seq" in names or entry.tokens == 1  # else it takes single tokens alone
         ]
     if operator == "rotate" and set(names) <= {"n0", "n1", "n2"}:
         rows = int(shape.properties.get("heads", 32))

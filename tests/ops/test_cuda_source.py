@@ -61,6 +61,8 @@ def _policies():
             heads, head_dim = case.kv_heads, case.codecs[0].head_dim
             yield ops.flush(*case.codecs, heads, "float16", policy, AXES, after=case.heads)
             yield ops.append_plain(heads, head_dim, 100, "float32", policy, AXES)
+            rotations = tuple(codec.rotation.structure for codec in case.codecs)
+            yield ops.append_plain(heads, head_dim, 100, "float16", policy, AXES, rotations=rotations)
             yield ops.dequantize_segments(*case.codecs, heads, policy, AXES)
     yield ops.split_centre(3, 80, "float16", 4, 64, AXES)
     yield ops.join((2, "float32"), ((5, "float16"),), AXES)

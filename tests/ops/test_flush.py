@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rotquant_tvm import ops
 from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.formats import TOKENS
 from rotquant_tvm.formats.centre import encode_centre
@@ -96,6 +97,48 @@ def test_chunks_then_single_tokens(kernels, rng, case, policy):
     check_state(cache, np.zeros_like(before))
     if policy.center:
         check_centres(cache)
+
+
+class NewestUnseen:
+    """Kernels of which flush is given NaN in the place of single new tokens."""
+
+    def __init__(self, kernels):
+        self.kernels, self.flushes = kernels, set()
+
+    def build(self, operator, *arguments, **options):
+        kernel = self.kernels.build(operator, *arguments, **options)
+        if operator is ops.flush:
+            self.flushes.add(kernel)
+        return kernel
+
+    def run(self, kernel, *arrays, writes):
+        single = kernel in self.flushes and arrays[-5].shape[2] == 1
+        hidden = [np.full_like(x, np.nan) for x in arrays[-6:-4]] if single else arrays[-6:-4]
+        return self.kernels.run(kernel, *arrays[:-6], *hidden, *arrays[-4:], writes=writes)
+
+
+def check_single_tokens(kernels, rng, case, policy, dtype="float32"):
+    """Sequences of which the next token completes a block, and one after it; a flush needs neither to be there."""
+    cache = SegmentedCache(NewestUnseen(kernels), rng, case, policy, 2, 140, dtype)
+    full = policy.sinks + policy.recent + 2 * policy.block - 1
+    halves = lambda seq: [x.astype(np.float16).astype(dtype) for x in cache.draw(seq)]  # noqa: E731
+    check_state(cache, cache.append(halves(full), [full, full - 20]))
+    for moved in (policy.block, 0):
+        before = cache.append(halves(1), [1, 1], chunk=False)
+        assert (cache.packed - before).tolist() == [moved, 0]
+        check_state(cache, before)
+    if policy.center:
+        check_centres(cache)
+
+
+WITH_RECENT = [CachePolicy(sinks=4, recent=8, center=32), CachePolicy(recent=1)]
+"""Policies of whose single tokens a flush reads nothing."""
+
+
+@pytest.mark.parametrize("policy", WITH_RECENT, ids=lambda p: p.name)
+def test_the_newest_token_is_not_read_where_recent_ones_stay(kernels, rng, policy):
+    """A step may therefore pass it on as it is, not rotated yet."""
+    check_single_tokens(kernels, rng, OTHER, policy)
 
 
 @pytest.mark.parametrize("policy", POLICIES[2:], ids=lambda p: p.name)

@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 from rotquant_tvm.passes.fuse_decode_rotation import FuseDecodeRotation
 from rotquant_tvm.passes.fuse_prefill_rotation import FusePrefillRotation
+from rotquant_tvm.passes.fuse_row_rotation import FuseRowRotation
 from rotquant_tvm.passes.hoist_rotation import HoistRotation
 from rotquant_tvm.passes.kv_kernels import kernel_of
 from rotquant_tvm.passes.lower_kv_ops import LowerKVOps
@@ -48,7 +49,9 @@ def stages(model: TinyModel, config: KVCacheConfig) -> dict[str, tvm.IRModule]:
         lowered = LowerKVOps()(hoisted)
         fused = FuseDecodeRotation(tvm.target.Target("llvm"))(lowered)
         both = FusePrefillRotation(tvm.target.Target("llvm"))(fused)
-        return {"quantize": quantized, "hoist": hoisted, "lower": lowered, "fuse": fused, "fuse-prefill": both}
+        rows = FuseRowRotation(tvm.target.Target("llvm"))(both)
+        made = {"quantize": quantized, "hoist": hoisted, "lower": lowered, "fuse": fused, "fuse-prefill": both}
+        return {**made, "fuse-rows": rows}
 
 
 def operators(mod: tvm.IRModule, name: str) -> list[str]:

@@ -220,6 +220,20 @@ def append_plain_launch(name: str, dtype: str, policy: CachePolicy, seq: int) ->
     )
 
 
+def append_turned_launch(name: str, case: Case, dtype: str, policy: CachePolicy = PRESET) -> Launch:
+    """``append_plain`` of single tokens that it rotates: the first, one that goes round the ring, and none."""
+    rng, past, new = numbers(name), counts(0, 75, 9), counts(1, 1, 0)
+    heads, d, words = case.kv_heads, case.head_dim, layout_of(case.codecs).tile_bytes // 4
+    packed = policy.packed_after(np.zeros(BATCH, np.int32), past + new, chunk=False)
+    plain = normal(rng, "float16", BATCH, heads, 2, policy.slots, d)
+    k, v = (normal(rng, dtype, BATCH, heads, 1, d) for _ in "kv")
+    cache = packed_cache(rng, case, (BATCH, heads, 2), counts(0, 0, 0))
+    turns = tuple(codec.rotation.structure for codec in case.codecs)
+    data = [coefficients(codec.rotation) for codec in case.codecs]
+    definition = partial(ops.append_plain, heads, d, words, dtype, policy, rotations=turns)
+    return Launch(chosen(definition, site(case, dtype, policy)), [plain, k, v, *data, packed, past + new, new, cache])
+
+
 def kv_cases() -> list[KernelCase]:
     """The kernels of a cache."""
     main, ring = Case("hurwitz3:ip/hurwitz3", 128, 8, 2), replace(PRESET, recent=9)
@@ -240,6 +254,9 @@ def kv_cases() -> list[KernelCase]:
         case("append_plain", "few", append_plain_launch, "float16", PRESET, 5),
         case("append_plain", "many", append_plain_launch, "float16", PRESET, 131),
         case("append_plain", "float32", append_plain_launch, "float32", CachePolicy(sinks=7), 9),
+        case("append_plain", "token", append_turned_launch, main, "float16"),
+        case("append_plain", "token_float32", append_turned_launch, Case("rotor3/q8_0", 80, 3, 3), "float32"),
+        case("append_plain", "token_dense", append_turned_launch, Case("turbo3/dense3", 64, 2, 2), "float16"),
         case("decode", "main", decode_launch, main, "float16", least=1, warps=4),
         case("decode", "defaults", decode_launch, main, "float16"),
         case("decode", "raw_queries", decode_launch, main, "float16", raw=True, cuda=True, least=1),

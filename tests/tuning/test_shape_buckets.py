@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rotquant_tvm import ops
 from rotquant_tvm.benchmark.settings import BatchShape
+from rotquant_tvm.cache_policy import CachePolicy
+from rotquant_tvm.ops.site_shape import SiteShape
 from rotquant_tvm.tuning.arguments import RESULTS
 from rotquant_tvm.tuning.kernel_shape import KernelShape
 from rotquant_tvm.tuning.shape_buckets import (
@@ -43,6 +46,20 @@ def test_sizes_computed_from_others_are_computed(definitions):
         assert bucket == {"batch": 3, "tiles": 32, "blocks": 16}
     shapes = {name: shape for name, _, shape in shapes_in(func, bucket)}
     assert shapes["cache"][:3] == (3, 2, 32) and shapes["centre"][:3] == (3, 2, 16) and shapes["q"] == (3, 1, 4, 64)
+
+
+def test_an_append_of_single_tokens_is_measured_with_these_alone():
+    """The one that rotates its rows; what is known of the other, which copies them, says nothing of it."""
+    policy, quartets = CachePolicy(sinks=4, recent=8, center=64), ((4, 1),)
+    site = SiteShape("iso3", "iso3", 4, 2, 64, 1.0, None, "float16", policy=policy.name)
+    plain, rotating = (
+        site.attach(ops.append_plain(2, 64, 100, "float16", policy, ops.Axes("cuda"), rotations=rotations))
+        for rotations in (None, (quartets, quartets))
+    )
+    copies, rotates = KernelShape.of(plain), KernelShape.of(rotating)
+    assert len(default_buckets(copies, size_names(plain), "cuda")) == 2
+    assert default_buckets(rotates, size_names(rotating), "cuda") == [{"batch": 1, "tiles": 4}]
+    assert copies.distance(rotates) is None and copies.label != rotates.label
 
 
 def test_shapes_that_are_asked_for_replace_the_usual_ones(definitions):
