@@ -135,10 +135,10 @@ class PlainShare:
     def __init__(self, place: DecodePlace, rows: PlainRows, slots: SumSlots, bounds: tuple[Expr, Expr, Expr]) -> None:
         """Begin to bring the first rows nearer. ``bounds``: see ``PlainRows.turns``."""
         self.place, self.rows, self.slots = place, rows, slots
-        # From the last warps of every block on, which have no more tiles than others; or those of one block only.
+        # From the last warps of every block on, which have no more tiles than others; or of blocks without tiles only.
         behind = place.warps - 1 - place.warp, place.splits - 1 - place.split
         apart = scalar((place.row_blocks > 0).astype("int32"))
-        among = scalar(tir.Select(apart > 0, i32(1), place.splits))
+        among = scalar(tir.Select(apart > 0, place.row_blocks, place.splits))
         self._first, self._step = scalar(behind[0] * among + behind[1]), scalar(among * place.warps)
         none = (apart > 0) & place.has_tiles
         self._turns = scalar(tir.Select(none, i32(0), rows.turns(bounds) - self._first))

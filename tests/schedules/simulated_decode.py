@@ -71,6 +71,16 @@ class DecodeBlock(TensorCoreBlock):
             assert len(copied) > count - 4  # the unit of 16 bytes at the array's end
             self.shared[target][at[thread] : at[thread] + len(copied)] = copied
 
+    def call_ptx_cp_async_ca(self, args, words, expr) -> None:
+        assert int(args[2].value) == 4
+        self._copy(args[0], self._units(*self._address(args[1]), 1, np.dtype("u4")))
+
+    def _copy(self, target, units) -> None:
+        buffer, at = self._address(target)
+        unit = np.dtype(dtype_of(buffer))
+        assert ((at * unit.itemsize)[self.active] % (4 * len(units)) == 0).all()
+        self.write(buffer, at, list(np.ascontiguousarray(np.stack(units, -1)).view(unit).T))
+
     def call_ptx_ld(self, args, words, expr) -> None:
         """Also at an address in shared memory that is a number."""
         *targets, address = args
