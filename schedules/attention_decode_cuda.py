@@ -194,9 +194,8 @@ class _Kernel:
         block_sync()  # the warps have read all of their tiles
         own = SumSlots(self.shared, 0, self.warps, *place.sizes)
         own.put(tiles.weights, place.warp, place.lane, tiles.place)
-        if plain is not None:
-            plain.add_to(own, tiles.values.scale)
-        output.finish(own, tiles.values.scale)
+        others = None if plain is None else (plain.slots, plain.slots_in_use)
+        output.finish(own, tiles.values.scale, others)
 
     def _place(self, index: list[Expr], splits: tuple[Expr, Expr], thread: Expr) -> DecodePlace:
         stream, split, b = index
@@ -230,7 +229,8 @@ class _Kernel:
             return None
         warp, rings = self.place.warp, self.warps * self.stages * (self.tile_words + 2)
         first = rings + warp * TileCentres.words(self.shape.head_dim)
-        return TileCentres(self.shared, first, self.shape.head_dim, self.place.lane, self.bulk)
+        where = self.place.b, self.place.head
+        return TileCentres(self.shared, first, self.arrays[1], where, self.place.lane, self.bulk)
 
     def _tiles(self, ring: TileRing, oldest: Expr, packed: Expr) -> PackedStream:
         """Begin to copy the warp's tiles."""
@@ -240,11 +240,10 @@ class _Kernel:
         tiles = PackedStream(self.codecs, self.layout, self.policy, *sides)
         behind = scalar(oldest - self.policy.sinks)
         first = scalar(tir.max(behind, i32(0)) // TOKENS + place.split * self.warps + place.warp)
-        centres = self.arrays[1] if self.policy.center else None
         if self.policy.segmented:
             packed = scalar(tir.Select(place.has_tiles, packed, i32(0)))
         share = Share(first, scalar(place.step), packed, behind)
-        tiles.begin(self.arrays[0], centres, (place.b, place.head), share)
+        tiles.begin(self.arrays[0], (place.b, place.head), share)
         tables.fill(*place.threads)
         return tiles
 

@@ -73,8 +73,8 @@ class PackedStream:
             return TrellisValues.place(self.ring.lane, j, half)
         return 16 * j + 8 * half + self.ring.lane // 4
 
-    def begin(self, cache: Any, centres: Any, where: tuple[Expr, Expr], share: Share) -> None:
-        """Begin to copy the warp's tiles of one (sequence, kv head), whose keys may have ``centres``."""
+    def begin(self, cache: Any, where: tuple[Expr, Expr], share: Share) -> None:
+        """Begin to copy the warp's tiles of one (sequence, kv head)."""
         self._share = share
         self._tiles = scalar(i32(cache.shape[2])) if self.wraps else None
         self._source = lambda number, word: cache.ptr_to([*where, self._place(share, number), word])
@@ -83,14 +83,10 @@ class PackedStream:
         def exists(number: Any) -> Expr:
             return (share.first + number * share.step) * TOKENS < share.packed
 
-        def centre(number: Expr, word: Expr) -> Expr:
-            return centres.ptr_to([*where, self._place(share, number) // (self.policy.center // TOKENS), word])
-
-        if self.centres is not None and not self.ring.bulk:
-            self.centres.begin(centre, exists)
+        if self.centres is not None:
+            tiles = self.policy.center // TOKENS
+            self.centres.begin(lambda number: self._place(share, number) // tiles, exists)
         self.ring.start(self._source, exists)
-        if self.centres is not None and self.ring.bulk:
-            self.centres.begin(centre, exists)
         # Only then, since it takes a division.
         left = (share.packed + (TOKENS - 1)) // TOKENS - share.first
         self._count = scalar(tir.max(left + (share.step - 1), i32(0)) // share.step)

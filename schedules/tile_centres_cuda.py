@@ -2,8 +2,8 @@
 
 A product of the tensor cores has eight columns. With a centre in each, it costs as much as one centre alone, and a
 tile is left with one exchange between lanes. The words come by asynchronous copies, which take no registers, as soon as
-those of the eight tiles before have been scored. Every lane reads what it copied itself: nothing is waited for but its
-own copies.
+those of the eight tiles before have been scored; the first ones before the tiles themselves, behind which they would
+stand in line (1.7 µs at 1 × 32,768).
 """
 
 from __future__ import annotations
@@ -14,24 +14,32 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from .cuda_ops import Registers, f32, float_of, i32, ptx, scalar, shuffle
+from .cuda_ops import Registers, float_of, i32, ptx, scalar, shuffle, u32, warp_sync
 from .decode_scores_cuda import IntegerScores
 
 Expr = Any
 COLUMNS = 8
+UNIT = 4
+"""Words of a copy. A centre begins anywhere, so its first and last unit have others' words too."""
 
 
 class TileCentres:
     """The centres of a warp's tiles, eight at a time, in words ``first`` … of ``shared`` (uint32).
 
-    ``bulk``: whether tiles come by bulk copies; else these copies join the groups of theirs (``TileRing``), which have
-    fewer than eight stages.
+    ``centres``: uint32 [batch, kv_heads, blocks, head_dim / 4 + 1], of which the stream's are at ``where`` (batch,
+    kv_head). ``bulk``: whether tiles come by bulk copies; else these copies join the groups of theirs (``TileRing``),
+    which have fewer than eight stages.
     """
 
-    def __init__(self, shared: Any, first: Expr, head_dim: int, lane: Expr, bulk: bool) -> None:
-        self.shared, self.head_dim, self.bulk = shared, head_dim, bulk
+    def __init__(
+        self, shared: Any, first: Expr, centres: Any, where: tuple[Expr, Expr], lane: Expr, bulk: bool
+    ) -> None:
+        self.shared, self.centres, self.where, self.bulk = shared, centres, where, bulk
+        self.head_dim = 4 * (int(centres.shape[3]) - 1)
         self.g, self.t = scalar(lane // 4), scalar(lane % 4)
-        self._row = scalar(first + self.g * _pitch(head_dim))
+        self._row = scalar(first + self.g * _pitch(self.head_dim))
+        heads, blocks = (i32(size) for size in centres.shape[1:3])
+        self._before = scalar((where[0] * heads + where[1]) * blocks)
         self._offsets = Registers(2, "float32")
 
     @staticmethod
@@ -39,12 +47,12 @@ class TileCentres:
         """Words of shared memory that a warp needs."""
         return COLUMNS * _pitch(head_dim)
 
-    def begin(self, source: Callable[[Expr, Expr], Expr], exists: Callable[[Expr], Expr]) -> None:
-        """Begin to copy those of the first eight tiles; without bulk copies to be called before the ring's start.
+    def begin(self, block_of: Callable[[Expr], Expr], exists: Callable[[Expr], Expr]) -> None:
+        """Begin to copy those of the first eight tiles; to be called before the ring's start.
 
-        ``source(number, word)``: the address of a word of the centre of the warp's tile ``number``.
+        ``block_of(number)``: the block of tokens that the warp's tile ``number`` is of, if it ``exists``.
         """
-        self._source, self._exists = source, exists
+        self._block_of, self._exists = block_of, exists
         self._ask(i32(0))
 
     def score(self, keys: IntegerScores, number: Expr) -> Expr:
@@ -53,32 +61,47 @@ class TileCentres:
         with T.If(column == 0), T.Then():
             if self.bulk:
                 ptx("cp.async.wait_group", 0)
+                warp_sync()
+            first = scalar(self._row + self._offset(scalar(self._block_of(number + self.g))))
             words = Registers(self.head_dim // 16)
             for step in range(words.count):
-                words[step] = self.shared[self._row + (4 * step + self.t)]
-            # The other lanes of a centre copied no scale, and theirs is not asked for.
-            scale = scalar(float_of(self.shared[self._row + self.head_dim // 4]))
+                words[step] = self.shared[first + (4 * step + self.t)]
+            scale = scalar(float_of(self.shared[first + self.head_dim // 4]))
             for u, score in enumerate(keys.centres(words, scale)):
                 self._offsets[u] = score
+            warp_sync()
             self._ask(scalar(number + COLUMNS))
         mine = tir.Select(column % 2 == 0, self._offsets[0], self._offsets[1])
         return scalar(shuffle(scalar(mine), 4 * self.g + column // 2))
 
+    def _offset(self, block: Expr) -> Expr:
+        """Words from the beginning of a unit to that of the centre."""
+        # Rows are a multiple of four words and one more.
+        return (self._before + block) & i32(UNIT - 1)
+
     def _ask(self, number: Expr) -> None:
         mine = scalar(number + self.g)
+        units = self.head_dim // 16 + 1
         with T.If(self._exists(mine)), T.Then():
-            for step in range(self.head_dim // 16):
-                self._copy(mine, 4 * step + self.t)
-            with T.If(self.t == 0), T.Then():
-                self._copy(mine, i32(self.head_dim // 4))
+            block = scalar(self._block_of(mine))
+            offset = scalar(self._offset(block))
+            for start in range(0, units, 4):
+                if start + 4 <= units:
+                    self._copy(block, offset, start + self.t)
+                    continue
+                with T.If(start + self.t < units), T.Then():
+                    self._copy(block, offset, start + self.t)
         if self.bulk:
             ptx("cp.async.commit_group")
 
-    def _copy(self, number: Expr, word: Expr) -> None:
-        target = self.shared.ptr_to([self._row + word])
-        ptx("cp.async.ca.shared.global", target, self._source(number, word), 4)
+    def _copy(self, block: Expr, offset: Expr, unit: Expr) -> None:
+        """Copy a unit, without what follows the centre: there may be nothing."""
+        source = self.centres.ptr_to([*self.where, block, UNIT * unit - offset])
+        target = self.shared.ptr_to([self._row + UNIT * unit])
+        left = self.head_dim // 4 + 1 + offset - UNIT * unit
+        ptx("cp.async.cg.shared.global", target, source, 16, u32(4 * tir.min(left, i32(UNIT))))
 
 
 def _pitch(head_dim: int) -> int:
     """Words from one centre to the next: lanes of eight centres then read from banks of their own."""
-    return head_dim // 4 + 4
+    return head_dim // 4 + UNIT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .simulated_decode import DecodeBlock, DecodeGPU
-from .simulated_gpu import WARP
+from .simulated_gpu import WARP, dtype_of
 from .simulated_tensor_cores import TensorCoreBlock
 
 
@@ -34,6 +34,16 @@ class PrefillBlock(DecodeBlock):
         self.active = before & (size == 0)
         self._copy(args[0], [np.zeros(self.threads, np.uint32)] * 4)
         self.active = before
+
+    def call_ptx_cp_async_ca(self, args, words, expr) -> None:
+        assert int(args[2].value) == 4
+        self._copy(args[0], self._units(*self._address(args[1]), 1, np.dtype("u4")))
+
+    def _copy(self, target, units) -> None:
+        buffer, at = self._address(target)
+        unit = np.dtype(dtype_of(buffer))
+        assert ((at * unit.itemsize)[self.active] % (4 * len(units)) == 0).all()
+        self.write(buffer, at, list(np.ascontiguousarray(np.stack(units, -1)).view(unit).T))
 
     def call_ptx_ex2(self, args, words, expr) -> None:
         self._set(args[0], np.exp2(self.value(args[1])))
