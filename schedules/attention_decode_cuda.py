@@ -37,9 +37,9 @@ from .merge_splits_cuda import Partials
 from .packed_stream_cuda import PackedStream, Share, integer
 from .plain_rows_cuda import ROWS, PlainRows, PlainShare
 from .query_rotation_cuda import SharedRows, few_taps
-from .tile_centres_cuda import TileCentres
+from .tile_centres_cuda import COLUMNS, FEW_COLUMNS, TileCentres
 from .tile_ring_cuda import TileRing
-from .trellis_tables_cuda import TrellisTables
+from .trellis_tables_cuda import TrellisTables, is_trellis
 
 Expr = Any
 FORMATS = ("lloyd", "half", "linear", "trellis")
@@ -91,6 +91,8 @@ class _Kernel:
         self.bulk = has_bulk_copies(target)
         self.limit = dynamic_shared_memory(target)
         self.tile_words = self.layout.tile_bytes // 4
+        # Beside the tables of a trellis there is room for few.
+        self.columns = FEW_COLUMNS if any(is_trellis(codec) for codec in self.codecs) else COLUMNS
         self.stages = self._stages(knobs["stages"])
         self.lets_start = starts_early(target)
         self.fits = 4 * self._words(self.stages) <= self.limit
@@ -98,7 +100,7 @@ class _Kernel:
 
     def _ring_words(self, stages: int) -> int:
         """Words of the warps' rings, or of what takes their place at the end."""
-        centres = TileCentres.words(self.shape.head_dim) if self.policy.center else 0
+        centres = TileCentres.words(self.shape.head_dim, self.columns) if self.policy.center else 0
         rings = self.warps * (stages * (self.tile_words + 2) + centres)
         sizes = self.rows, self.shape.head_dim
         return -(-max(rings, SumSlots.words(self.warps, *sizes), Partials.words(*sizes, 32 * self.warps)) // 4) * 4
@@ -113,6 +115,7 @@ class _Kernel:
 
     def _stages(self, wanted: int) -> int:
         """As many as asked for, or as fit the shared memory of a block (fewer warps where not one does)."""
+        wanted = min(wanted, self.columns) if self.policy.center else wanted  # see ``TileCentres``
         while self.warps > 1 and 4 * self._words(1) > self.limit:
             self.warps //= 2
         return max(n for n in range(1, wanted + 1) if n == 1 or 4 * self._words(n) <= self.limit)
@@ -228,9 +231,9 @@ class _Kernel:
         if not self.policy.center:
             return None
         warp, rings = self.place.warp, self.warps * self.stages * (self.tile_words + 2)
-        first = rings + warp * TileCentres.words(self.shape.head_dim)
+        first = rings + warp * TileCentres.words(self.shape.head_dim, self.columns)
         where = self.place.b, self.place.head
-        return TileCentres(self.shared, first, self.arrays[1], where, self.place.lane, self.bulk)
+        return TileCentres(self.shared, first, self.arrays[1], where, self.place.lane, self.bulk, self.columns)
 
     def _tiles(self, ring: TileRing, oldest: Expr, packed: Expr) -> PackedStream:
         """Begin to copy the warp's tiles."""
