@@ -247,7 +247,9 @@ class _Kernel:
             packed = scalar(tir.Select(place.has_tiles, packed, i32(0)))
         share = Share(first, scalar(place.step), packed, behind)
         tiles.begin(self.arrays[0], (place.b, place.head), share)
-        tables.fill(*place.threads)
+        if tables.books:
+            with T.If(place.has_tiles), T.Then():
+                tables.fill(*place.threads)
         return tiles
 
     def _packed(self, length: Expr, stored: Expr | None) -> Expr:

@@ -83,10 +83,12 @@ class PackedStream:
         def exists(number: Any) -> Expr:
             return (share.first + number * share.step) * TOKENS < share.packed
 
-        if self.centres is not None:
-            tiles = self.policy.center // TOKENS
-            self.centres.begin(lambda number: self._place(share, number) // tiles, exists)
-        self.ring.start(self._source, exists)
+        def begin_centres() -> None:
+            if self.centres is not None:
+                tiles = self.policy.center // TOKENS
+                self.centres.begin(lambda number: self._place(share, number) // tiles, exists)
+
+        self.ring.start(self._source, exists, begin_centres)
         # Only then, since it takes a division.
         left = (share.packed + (TOKENS - 1)) // TOKENS - share.first
         self._count = scalar(tir.max(left + (share.step - 1), i32(0)) // share.step)

@@ -2,7 +2,7 @@
 
 A product of the tensor cores has eight columns. With a centre in each, it costs as much as one centre alone, and a
 tile is left with one exchange between lanes. The words come by asynchronous copies, which take no registers, as soon as
-those of the tiles before have been scored; the first ones before the tiles themselves, behind which they would
+those of the tiles before have been scored; the first ones right behind the first tile: behind the second they would
 stand in line (1.7 µs at 1 × 32,768).
 """
 
@@ -58,7 +58,7 @@ class TileCentres:
         return columns * _pitch(head_dim)
 
     def begin(self, block_of: Callable[[Expr], Expr], exists: Callable[[Expr], Expr]) -> None:
-        """Begin to copy those of the first tiles; to be called before the ring's start.
+        """Begin to copy those of the first tiles.
 
         ``block_of(number)``: the block of tokens that the warp's tile ``number`` is of, if it ``exists``.
         """

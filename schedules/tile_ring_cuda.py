@@ -50,10 +50,19 @@ class TileRing:
                 ptx("fence.proxy.async.shared::cta")
             warp_sync()
 
-    def start(self, source: Any, exists: Callable[[int], Expr]) -> None:
-        """Begin to copy the stream's first ``stages`` tiles, as far as they exist."""
+    def start(
+        self, source: Any, exists: Callable[[int], Expr], beside_first: Callable[[], None] | None = None
+    ) -> None:
+        """Begin to copy the stream's first ``stages`` tiles, as far as they exist.
+
+        ``beside_first`` begins to copy what is needed with the first tile.
+        """
         for stage in range(self.stages):
+            if stage == 0 and beside_first is not None and not self.bulk:  # into the same group of copies
+                beside_first()
             self._copy(source, stage, stage, exists(stage) & (self.depth > stage) if stage else exists(stage))
+            if stage == 0 and beside_first is not None and self.bulk:
+                beside_first()
 
     def wait(self) -> Expr:
         """Wait for the oldest tile; returns its first word in ``shared``."""
