@@ -35,16 +35,17 @@ from .dependent_launch_cuda import let_next_start, starts_early
 from .knobs import chosen_knobs
 from .merge_splits_cuda import Partials
 from .packed_stream_cuda import PackedStream, Share, integer
-from .plain_rows_cuda import PlainRows, PlainShare
+from .plain_rows_cuda import ROWS, PlainRows, PlainShare
 from .query_rotation_cuda import SharedRows, few_taps
+from .tile_centres_cuda import COLUMNS, FEW_COLUMNS, TileCentres
 from .tile_ring_cuda import TileRing
-from .trellis_tables_cuda import TrellisTables
+from .trellis_tables_cuda import TrellisTables, is_trellis
 
 Expr = Any
 FORMATS = ("lloyd", "half", "linear", "trellis")
 ARRIVALS = 1 << 16
-TILES_TO_WAIT_FOR = 6
-"""As many tiles to a warp take longer than the 16-bit rows of a stream take one block."""
+TURNS = 3
+"""Warps of a block with 16-bit rows that have any, where the segments are full."""
 ENOUGH = 48 * 1024
 """Bytes on their way to a multiprocessor, beyond which more of them only wait."""
 
@@ -90,7 +91,8 @@ class _Kernel:
         self.bulk = has_bulk_copies(target)
         self.limit = dynamic_shared_memory(target)
         self.tile_words = self.layout.tile_bytes // 4
-        self.beside = PackedStream.words_beside(shape.head_dim) if self.policy.center and self.bulk else 0
+        # Beside the tables of a trellis there is room for few.
+        self.columns = FEW_COLUMNS if any(is_trellis(codec) for codec in self.codecs) else COLUMNS
         self.stages = self._stages(knobs["stages"])
         self.lets_start = starts_early(target)
         self.fits = 4 * self._words(self.stages) <= self.limit
@@ -98,7 +100,8 @@ class _Kernel:
 
     def _ring_words(self, stages: int) -> int:
         """Words of the warps' rings, or of what takes their place at the end."""
-        rings = self.warps * stages * (self.tile_words + self.beside + 2)
+        centres = TileCentres.words(self.shape.head_dim, self.columns) if self.policy.center else 0
+        rings = self.warps * (stages * (self.tile_words + 2) + centres)
         sizes = self.rows, self.shape.head_dim
         return -(-max(rings, SumSlots.words(self.warps, *sizes), Partials.words(*sizes, 32 * self.warps)) // 4) * 4
 
@@ -112,6 +115,7 @@ class _Kernel:
 
     def _stages(self, wanted: int) -> int:
         """As many as asked for, or as fit the shared memory of a block (fewer warps where not one does)."""
+        wanted = min(wanted, self.columns) if self.policy.center else wanted  # see ``TileCentres``
         while self.warps > 1 and 4 * self._words(1) > self.limit:
             self.warps //= 2
         return max(n for n in range(1, wanted + 1) if n == 1 or 4 * self._words(n) <= self.limit)
@@ -152,16 +156,16 @@ class _Kernel:
         return shape.attach(builder.get())
 
     def _row_blocks(self, splits: Expr) -> Expr:
-        """Blocks more per stream for the rows in 16 bits: one, where all can run at once.
+        """Blocks more per stream for the rows in 16 bits: as many as give a few warps of each one turn, if all fit.
 
-        Else the warps that have rows besides their tiles are the last to end. Where the cache has room for few tiles
-        only, the additional block would be (10.4 µs became 11.4 at 1 × 8,192).
+        Else the warps that have rows besides their tiles are the last to end, and so would be a single block that had
+        all of a stream's rows (10.4 µs became 11.4 at 1 × 8,192).
         """
         if not self.policy.segmented:
             return tir.const(0, "int64")
-        many = self.tiles >= splits * (self.warps * TILES_TO_WAIT_FOR)
-        fit = tir.And(many, self.batch * self.streams * (splits + 1) <= self.blocks)
-        return tir.Select(tir.And(splits > 1, fit), tir.const(1, "int64"), tir.const(0, "int64"))
+        wanted = tir.const(-(-self.policy.slots // (TURNS * ROWS)), "int64")
+        fit = self.batch * self.streams * (splits + wanted) <= self.blocks
+        return tir.Select(tir.And(splits > 1, fit), wanted, tir.const(0, "int64"))
 
     def _block(self, index: list[Expr], thread: Expr, splits: Expr, row_blocks: Expr) -> None:
         """The block of a (stream of a sequence, split, sequence)."""
@@ -188,15 +192,13 @@ class _Kernel:
         make_ready()
         if plain is not None:
             plain.attend(queries)
-        tiles.load_centre()
         queries.start(tiles.keys)
         tiles.stream()
         block_sync()  # the warps have read all of their tiles
         own = SumSlots(self.shared, 0, self.warps, *place.sizes)
         own.put(tiles.weights, place.warp, place.lane, tiles.place)
-        if plain is not None:
-            plain.add_to(own, tiles.values.scale)
-        output.finish(own, tiles.values.scale)
+        others = None if plain is None else (plain.slots, plain.slots_in_use)
+        output.finish(own, tiles.values.scale, others)
 
     def _place(self, index: list[Expr], splits: tuple[Expr, Expr], thread: Expr) -> DecodePlace:
         stream, split, b = index
@@ -213,7 +215,7 @@ class _Kernel:
 
     def _ring(self) -> TileRing:
         """The warp's ring of tiles."""
-        first = self.stages * (self.tile_words + self.beside)
+        first = self.stages * self.tile_words
         barrier = self.warps * first
         warp, lane = self.place.warp, self.place.lane
         places = scalar(warp * first), scalar(barrier + warp * (2 * self.stages))
@@ -222,21 +224,32 @@ class _Kernel:
         if self.bulk and self._two_blocks() and 2 * self.warps * self.layout.tile_bytes >= ENOUGH:
             blocks = i32(self.batch * self.streams) * self.place.splits
             depth = scalar(tir.Select(2 * blocks > 3 * self.multiprocessors, i32(1), depth))
-        return TileRing(self.shared, *places, self.stages, self.tile_words, lane, self.bulk, depth, self.beside)
+        return TileRing(self.shared, *places, self.stages, self.tile_words, lane, self.bulk, depth)
+
+    def _centres(self) -> TileCentres | None:
+        """The warp's place for centres, behind all rings."""
+        if not self.policy.center:
+            return None
+        warp, rings = self.place.warp, self.warps * self.stages * (self.tile_words + 2)
+        first = rings + warp * TileCentres.words(self.shape.head_dim, self.columns)
+        where = self.place.b, self.place.head
+        return TileCentres(self.shared, first, self.arrays[1], where, self.place.lane, self.bulk, self.columns)
 
     def _tiles(self, ring: TileRing, oldest: Expr, packed: Expr) -> PackedStream:
         """Begin to copy the warp's tiles."""
         place, shape = self.place, self.shape
         tables = TrellisTables(self.codecs, self.shared, self._words(self.stages) - TrellisTables.words(self.codecs))
-        tiles = PackedStream(self.codecs, self.layout, self.policy, ring, place.narrow, tables, shape.wraps)
+        sides = ring, place.narrow, tables, shape.wraps, self._centres()
+        tiles = PackedStream(self.codecs, self.layout, self.policy, *sides)
         behind = scalar(oldest - self.policy.sinks)
         first = scalar(tir.max(behind, i32(0)) // TOKENS + place.split * self.warps + place.warp)
-        centres = self.arrays[1] if self.policy.center else None
         if self.policy.segmented:
             packed = scalar(tir.Select(place.has_tiles, packed, i32(0)))
         share = Share(first, scalar(place.step), packed, behind)
-        tiles.begin(self.arrays[0], centres, (place.b, place.head), share)
-        tables.fill(*place.threads)
+        tiles.begin(self.arrays[0], (place.b, place.head), share)
+        if tables.books:
+            with T.If(place.has_tiles), T.Then():
+                tables.fill(*place.threads)
         return tiles
 
     def _packed(self, length: Expr, stored: Expr | None) -> Expr:

@@ -9,8 +9,8 @@ from rotquant_tvm.ops.site_shape import SiteShape
 
 from .cuda_target import dynamic_shared_memory, multiprocessors
 from .decode_softmax_cuda import SumSlots
-from .packed_stream_cuda import PackedStream
 from .query_rotation_cuda import SharedRows
+from .tile_centres_cuda import FEW_COLUMNS, TileCentres
 from .trellis_tables_cuda import TrellisTables, is_trellis
 
 KNOBS: dict[str, tuple[int, ...]] = {
@@ -60,7 +60,7 @@ def _trellis_bytes(shape: SiteShape, warps: int) -> int:
     """Shared memory of a block of so many warps with a tile each."""
     codecs, sizes = shape.codecs(), (min(shape.group, 8), shape.head_dim)
     words = warps * (TileLayout(codecs[0].format, codecs[1].format, shape.head_dim).tile_bytes // 4 + 2)
-    words += warps * PackedStream.words_beside(shape.head_dim) if shape.cache_policy.center else 0
+    words += warps * TileCentres.words(shape.head_dim, FEW_COLUMNS) if shape.cache_policy.center else 0
     words += SharedRows.words(*sizes) if shape.rotated else 0
     words += SumSlots.words(warps, *sizes) if shape.cache_policy.segmented else 0
     return 4 * (words + TrellisTables.words(codecs))

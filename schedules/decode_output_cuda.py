@@ -42,10 +42,13 @@ class DecodeOutput:
         self.structure, self.rotated = codec.inverse_rotation.structure, place.shape.rotated
         self.partials, self.arrivals = partials, arrivals
 
-    def finish(self, own: SumSlots, scale: float) -> None:
-        """Merge what the warps have put into ``own``, times ``scale``; store the output."""
+    def finish(self, own: SumSlots, scale: float, others: tuple[SumSlots, Expr] | None) -> None:
+        """Merge what the warps have put into ``own``, times ``scale``, and into ``others``; store the output.
+
+        ``others``: see ``merge_slots``.
+        """
         place, rows = self.place, self.rows
-        merge_slots(own, scale, place.thread, self._take)
+        merge_slots(own, scale, place.thread, self._take, others)
         ahead = rows.ask(self.structure, self.coefficients) if self.rotated else None
         last = Registers(1, "int32")
         last[0] = i32(1)

@@ -18,8 +18,8 @@ Expr = Any
 class DecodePlace:
     """A *stream* is up to eight query heads of a kv head of a sequence; a block serves one of its ``splits``.
 
-    ``row_blocks``: how many of these, the last ones, have rows in 16 bits instead of tiles: 1, or 0, in which case the
-    others share the rows. ``b``: the sequence. ``head``: the kv head. ``head_block``: which of the kv head's streams.
+    ``row_blocks``: how many of these, the last ones, have rows in 16 bits instead of tiles; if none, the others share
+    the rows. ``b``: the sequence. ``head``: the kv head. ``head_block``: which of the kv head's streams.
     ``stream``: the stream's number among all. ``rows``: its query heads. All expressions int32.
     """
 

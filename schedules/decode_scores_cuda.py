@@ -15,7 +15,21 @@ import tvm.tirx as tir
 from rotquant_tvm.formats import Codec
 
 from .code_fragments_cuda import CodeFragments, fine_grid, load_code_words, words_per_lane
-from .cuda_ops import Registers, across, f32, half2, i32, load_words, mma_half, mma_int8, pack_half2, ptx, scalar, u32
+from .cuda_ops import (
+    Registers,
+    across,
+    f32,
+    half2,
+    i32,
+    load_words,
+    mma_half,
+    mma_int8,
+    pack_half2,
+    ptx,
+    scalar,
+    shuffle,
+    u32,
+)
 from .trellis_fragments_cuda import TrellisKeys
 from .trellis_tables_cuda import TrellisTables, is_trellis
 
@@ -68,8 +82,11 @@ class IntegerScores:
     def _joined(sums: Registers, column: int) -> Expr:
         return f32(i32(sums[column]) * i32(128) + i32(sums[2 + column]))
 
-    def tile(self, codes: Expr, gains: Expr) -> Registers:
-        """The eight scores of a tile whose codes and gains begin at these words: element 2i + u."""
+    def tile(self, codes: Expr, gains: Expr, offset: Expr | None = None) -> Registers:
+        """The eight scores of a tile whose codes and gains begin at these words: element 2i + u.
+
+        ``offset`` is added to all of them.
+        """
         bits, head_dim = self.codec.format.bits, self.codec.head_dim
         words = Registers(words_per_lane(bits, head_dim))
         load_code_words(words, self.shared, codes, self.lane, bits, head_dim)
@@ -82,13 +99,20 @@ class IntegerScores:
         for i in range(4):
             sums = self._times(lambda step, i=i: fragments.half(i * self.steps + step))
             for u, half in enumerate(half2(gain[i])):
-                scores[2 * i + u] = self._joined(sums, u) * (half * unit)
+                score = self._joined(sums, u) * (half * unit)
+                scores[2 * i + u] = score if offset is None else score + offset
         return scores
 
-    def centre(self, words: Registers, scale: Expr) -> Expr:
-        """The score of a centre: the lane's words 4·step + t of its int8 codes, and its scale."""
+    def centres(self, words: Registers, scale: Expr) -> tuple[Expr, Expr]:
+        """Scores of the lane's query row against two of eight centres, numbers 2t and 2t + 1.
+
+        ``words``: 4·step + t of the int8 codes of centre g; ``scale``: that centre's.
+        """
         sums = self._times(lambda step: words[step])
-        return scalar(self._joined(sums, 0) * (self.unit[0] * scale))
+        first = scalar(self.lane % 4 * 8)
+        scales = shuffle(scale, first), shuffle(scale, first + 4)
+        low, high = (scalar(self._joined(sums, u) * (self.unit[0] * scales[u])) for u in range(2))
+        return low, high
 
 
 def rounding(most: Expr, scale: float) -> tuple[Expr, Expr]:

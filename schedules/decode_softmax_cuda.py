@@ -27,8 +27,6 @@ from .cuda_ops import (
     scalar,
     shuffle,
     shuffle_xor,
-    store_words,
-    warp_sync,
 )
 
 Expr = Any
@@ -138,48 +136,30 @@ class SumSlots:
         """The exponent that a slot's sums stand off."""
         return float_of(self.shared[self._scales(slot, row)])
 
-    def add(self, slot: Expr, where: tuple[Expr, Expr], highest: Expr, sums: Registers) -> None:
-        """Add a slot's values from (row, dim) on and its total, at the reference ``highest``, to ``sums``."""
+    def add(self, slot: Expr, where: tuple[Expr, Expr], highest: Expr, sums: Registers, factor: float = 1) -> None:
+        """Add a slot's values from (row, dim) on, times ``factor``, and its total to ``sums``, which stand off
+        ``highest``.
+        """
         row, dim = where
         share, count = scalar(tir.exp2(self.reference(slot, row) - highest)), sums.count - 1
+        scaled = share if factor == 1 else scalar(share * f32(factor))
         values = Registers(count, "float32")
         load_words(values, 0, self.shared, [self._sum(slot, row, dim)], count, "shared")
         for k in range(count):
-            sums[k] = sums[k] + share * values[k]
+            sums[k] = sums[k] + scaled * values[k]
         sums[count] = sums[count] + share * float_of(self.shared[self._scales(slot, row) + 1])
-
-    def fold(self, slot: Expr, other: SumSlots, lane: Expr, factor: float) -> None:
-        """Add what ``other`` has in the slot, its sums times ``factor``; by the warp that put both there."""
-        warp_sync()
-        shares = [self._shares(slot, other, row) for row in range(self.rows)]
-        warp_sync()
-        for row, (own, more, reference, total) in enumerate(shares):
-            with T.If(lane == 0), T.Then():
-                T.buffer_store(self.shared, bits_of(reference), [self._scales(slot, row)])
-                T.buffer_store(self.shared, bits_of(total), [self._scales(slot, row) + 1])
-            for start in range(0, self.head_dim, 128):
-                dim = scalar(start + 4 * lane)
-                with T.If(dim < self.head_dim), T.Then():
-                    mine, theirs = Registers(4, "float32"), Registers(4, "float32")
-                    load_words(mine, 0, self.shared, [self._sum(slot, row, dim)], 4, "shared")
-                    load_words(theirs, 0, other.shared, [other._sum(slot, row, dim)], 4, "shared")
-                    sums = [bits_of(mine[k] * own + theirs[k] * (more * f32(factor))) for k in range(4)]
-                    store_words(self.shared, [self._sum(slot, row, dim)], sums, "shared")
-
-    def _shares(self, slot: Expr, other: SumSlots, row: int) -> tuple[Expr, Expr, Expr, Expr]:
-        """What sums of both are to be times at the higher of two references, that, and the total there."""
-        references = [scalar(slots.reference(slot, row)) for slots in (self, other)]
-        highest = scalar(tir.max(*references))
-        own, more = (scalar(tir.exp2(reference - highest)) for reference in references)
-        totals = [float_of(slots.shared[slots._scales(slot, row) + 1]) for slots in (self, other)]
-        return own, more, highest, scalar(totals[0] * own + totals[1] * more)
 
 
 def merge_slots(
-    own: SumSlots, scale: float, thread: Expr, store: Callable[[Expr, Expr, Expr, Expr, Expr], None]
+    own: SumSlots,
+    scale: float,
+    thread: Expr,
+    store: Callable[[Expr, Expr, Expr, Expr, Expr], None],
+    others: tuple[SumSlots, Expr] | None = None,
 ) -> None:
     """Add up what a block's warps summed; ``own`` sums are times ``scale``.
 
+    ``others``: slots of sums that are not, and how many of them, from the last one down, are in use.
     ``store(row, dim, sum, reference, total)`` takes the results, each by one thread.
     """
     block_sync()
@@ -193,9 +173,16 @@ def merge_slots(
             highest[0] = own.reference(0, row)
             for slot in range(1, own.slots):
                 highest[0] = tir.max(highest[0], own.reference(slot, row))
+            if others is not None:
+                more, count = others
+                with T.serial(0, count) as number:
+                    highest[0] = tir.max(highest[0], more.reference(more.slots - 1 - number, row))
             sums.fill(f32(0))
             for slot in range(own.slots):
                 own.add(slot, where, highest[0], sums)
+            if others is not None:
+                with T.serial(0, count) as number:
+                    more.add(more.slots - 1 - number, where, highest[0], sums, 1 / scale)
             for n in range(wide):
                 store(row, dim + n, sums[n] * f32(scale), highest[0], sums[wide])
 

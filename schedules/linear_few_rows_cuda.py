@@ -17,7 +17,7 @@ from typing import Any
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from .cuda_ops import WARP, Registers, block_sync, f32, load_words, mma_half, ptx, scalar, shared_array
+from .cuda_ops import WARP, Registers, block_sync, f32, i32, load_words, mma_half, ptx, scalar, shared_array
 from .dependent_launch_cuda import let_next_start, wait_for_inputs
 from .linear_operands_cuda import Operands, silu
 
@@ -31,7 +31,8 @@ class FewRows:
     """The kernel's knobs.
 
     ``columns``: rows of x at most, a multiple of 8; ``tiles``: of 16 output features each, that a block owns;
-    ``warps`` per block; ``steps``: of 32 inputs, in a chunk; ``stages``: chunks on their way per warp.
+    ``warps`` per block; ``steps``: of 32 inputs, in a chunk; ``stages``: chunks on their way per warp;
+    ``ahead``: x is loaded a chunk early, for more rows than the L1 cache holds.
     """
 
     columns: int = 8
@@ -39,6 +40,7 @@ class FewRows:
     warps: int = 8
     steps: int = 2
     stages: int = 4
+    ahead: bool = False
 
     def fitted(self, in_features: int) -> FewRows:
         """With as many steps in a chunk as divide ``in_features`` (a multiple of 32)."""
@@ -102,17 +104,27 @@ class _Block:
             self._copy(stage, stage)
         wait_for_inputs(self.operands.early)
         weights, values = Registers(4 * self.accesses), Registers(4 * self.blocks * knobs.steps)
+        coming = Registers(values.count) if knobs.ahead else values
+        if knobs.ahead:
+            self._load(values, i32(0))
         with T.serial(0, self.count) as turn:
-            at = scalar(self._input(turn))
-            for n, (column, step) in enumerate(self._pairs(self.columns)):
-                load_words(values, 4 * n, self.operands.x, (column, at + step * STEP), 4, "global")
+            self._load(coming, tir.min(turn + 1, self.count - 1) if knobs.ahead else turn)
             ptx("cp.async.wait_group", knobs.stages - 2)
             for n in range(self.accesses):
                 load_words(weights, 4 * n, self.shared, [self._place(read[0], n)], 4, "shared")
             self._copy(filled[0], turn + (knobs.stages - 1))
             self._multiply(weights, values)
+            if knobs.ahead:
+                for n in range(values.count):
+                    values[n] = coming[n]
             for stage in (filled, read):
                 stage[0] = tir.Select(stage[0] == knobs.stages - 1, 0, stage[0] + 1)
+
+    def _load(self, values: Registers, turn: Expr) -> None:
+        """Load this lane's inputs of the warp's chunk ``turn``."""
+        at = scalar(self._input(turn))
+        for n, (column, step) in enumerate(self._pairs(self.columns)):
+            load_words(values, 4 * n, self.operands.x, (column, at + step * STEP), 4, "global")
 
     def _rows(self, first: Expr, tile: int) -> list[Expr]:
         """The two rows of the weight that this lane reads for a tile; past the end, the last one."""

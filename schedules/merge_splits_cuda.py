@@ -81,19 +81,23 @@ class Partials:
         sums[0] = f32(MASKED)
         with T.serial(0, (parts + (AHEAD * step - 1)) // (AHEAD * step)) as turn:
             scales, values = Registers(2 * AHEAD, "float32"), Registers(VECTOR * AHEAD, "float32")
-            numbers = [scalar((turn * AHEAD + k) * step + first) for k in range(AHEAD)]
-            for k, number in enumerate(numbers):
-                part = scalar(tir.min(number, parts - 1))
-                # Past this multiprocessor's own cache, which may hold what an earlier launch left there.
-                load_words(scales, 2 * k, self.scales, [stream, part, row, 0], 2, "global.cg")
-                load_words(values, VECTOR * k, self.sums, [stream, part, row, dim], VECTOR, "global.cg")
+            values.fill(f32(0))
+            # What is added to one base is an offset in the instruction; a clamped part would need an address of its own.
+            base = scalar(turn * (AHEAD * step) + first)
+            for k in range(AHEAD):
+                scales[2 * k], scales[2 * k + 1] = f32(MASKED), f32(0)
+                with T.If(base + k * step < parts), T.Then():
+                    part = base + k * step
+                    # Past this multiprocessor's own cache, which may hold what an earlier launch left there.
+                    load_words(scales, 2 * k, self.scales, [stream, part, row, 0], 2, "global.cg")
+                    load_words(values, VECTOR * k, self.sums, [stream, part, row, dim], VECTOR, "global.cg")
             highest = sums[0]
             for k in range(AHEAD):
                 highest = tir.max(highest, scales[2 * k])
             highest = scalar(highest)
             _shrink(sums, highest)
-            for k, number in enumerate(numbers):
-                weight = scalar(tir.Select(number < parts, tir.exp2(scales[2 * k] - highest), f32(0)))
+            for k in range(AHEAD):
+                weight = scalar(tir.exp2(scales[2 * k] - highest))
                 sums[1] = sums[1] + weight * scales[2 * k + 1]
                 for n in range(VECTOR):
                     sums[2 + n] = sums[2 + n] + weight * values[VECTOR * k + n]

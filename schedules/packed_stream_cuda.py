@@ -11,11 +11,12 @@ from tvm.tirx.script.builder import ir as T
 from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.formats import TOKENS, Codec, TileLayout
 
-from .cuda_ops import Registers, f32, float_of, half2, i32, load_words, scalar, u32
+from .cuda_ops import Registers, f32, half2, i32, load_words, scalar, u32
 from .decode_scores_cuda import HalfScores, IntegerScores
 from .decode_softmax_cuda import HIDDEN, Weights
 from .decode_values_cuda import HalfValues, IntegerValues
 from .linear_halves_cuda import LinearKeys, LinearValues
+from .tile_centres_cuda import TileCentres
 from .tile_ring_cuda import TileRing
 from .trellis_fragments_cuda import TrellisValues
 from .trellis_tables_cuda import TrellisTables, is_trellis
@@ -48,8 +49,9 @@ class PackedStream:
         narrow: bool,
         tables: TrellisTables,
         wraps: bool = False,
+        centres: TileCentres | None = None,
     ) -> None:
-        self.layout, self.policy, self.ring, self.wraps = layout, policy, ring, wraps
+        self.layout, self.policy, self.ring, self.wraps, self.centres = layout, policy, ring, wraps, centres
         self.head_dim = layout.head_dim
         shared, lane = ring.shared, ring.lane
         self.codecs = key, value = codecs
@@ -71,18 +73,25 @@ class PackedStream:
             return TrellisValues.place(self.ring.lane, j, half)
         return 16 * j + 8 * half + self.ring.lane // 4
 
-    def begin(self, cache: Any, centres: Any, where: tuple[Expr, Expr], share: Share) -> None:
-        """Begin to copy the warp's tiles of one (sequence, kv head), whose keys may have ``centres``."""
-        self._where, self._share, self._centre = where, share, centres
+    def begin(self, cache: Any, where: tuple[Expr, Expr], share: Share) -> None:
+        """Begin to copy the warp's tiles of one (sequence, kv head)."""
+        self._share = share
         self._tiles = scalar(i32(cache.shape[2])) if self.wraps else None
         self._source = lambda number, word: cache.ptr_to([*where, self._place(share, number), word])
-        if self.ring.beside:
-            self.ring.source_beside = self._centre_source
-        self.ring.start(self._source, lambda number: (share.first + number * share.step) * TOKENS < share.packed)
+
+
+        def exists(number: Any) -> Expr:
+            return (share.first + number * share.step) * TOKENS < share.packed
+
+        def begin_centres() -> None:
+            if self.centres is not None:
+                tiles = self.policy.center // TOKENS
+                self.centres.begin(lambda number: self._place(share, number) // tiles, exists)
+
+        self.ring.start(self._source, exists, begin_centres)
         # Only then, since it takes a division.
         left = (share.packed + (TOKENS - 1)) // TOKENS - share.first
         self._count = scalar(tir.max(left + (share.step - 1), i32(0)) // share.step)
-        self._ahead: Any = None
 
     def _place(self, share: Share, number: Expr) -> Expr:
         """Where in the cache the stream's tile ``number`` stands."""
@@ -91,19 +100,13 @@ class PackedStream:
 
     def stream(self) -> None:
         """Take in the tiles, once the queries are at hand (``keys.start``)."""
-        ring, lane, share, source, ahead = self.ring, self.ring.lane, self._share, self._source, self._ahead
+        ring, lane, share, source = self.ring, self.ring.lane, self._share, self._source
         self.weights.start()
         with T.serial(0, self._count) as number:
             start = scalar(ring.wait())
             tile = scalar(share.first + number * share.step)
-            scores = self._scores(start)
-            if self._centre is not None:
-                words, scale = ahead or self._centre_beside(start, number)
-                offset = self.keys.centre(words, float_of(scale[0]))
-                for k in range(8):
-                    scores[k] = scores[k] + offset
-                if ahead is not None:
-                    self._load_centre(number + 1)
+            offset = None if self.centres is None else self.centres.score(self.keys, number)
+            scores = self._scores(start, offset)
             gains = self._gains(start)
             held = self.values.load(start + self.word("v_codes")) if integer_values(self.values) else None
             edge = tir.Or((tile + 1) * TOKENS > share.packed, tile * TOKENS < share.oldest)
@@ -118,9 +121,9 @@ class PackedStream:
                 self.values.add(held, weights)
             ring.advance()
 
-    def _scores(self, start: Expr) -> Registers:
+    def _scores(self, start: Expr, offset: Expr | None) -> Registers:
         if not isinstance(self.keys, HalfScores):
-            return self.keys.tile(start + self.word("k_codes"), start + self.word("k_gains"))
+            return self.keys.tile(start + self.word("k_codes"), start + self.word("k_gains"), offset)
         fragment = self._key_halves(start)
         scores = Registers(8, "float32")
         for i in range(4):
@@ -183,51 +186,6 @@ class PackedStream:
             return value(j, half, x, pair) & masks[2 * x + pair]
 
         self.values.add(fragment, weights)
-
-    def load_centre(self) -> None:
-        """Begin to load the first tile's centre, if keys have one that does not come with it."""
-        if self._centre is not None and not self.ring.beside:
-            self._ahead = Registers(self.head_dim // 16), Registers(1)
-            self._load_centre(i32(0))
-
-    def _load_centre(self, number: Expr) -> None:
-        """Load the centre of the stream's tile ``number``, if there is one."""
-        words, scale = self._ahead
-        with T.If(number < self._count), T.Then():
-            place = self._centre_of(number)
-            # Past the order of ordinary loads, for which every fence would wait.
-            for step in range(self.head_dim // 16):
-                load_words(words, step, self._centre, [*place, 4 * step + self.ring.lane % 4], 1, "global.nc")
-            load_words(scale, 0, self._centre, [*place, self.head_dim // 4], 1, "global.nc")
-
-    @staticmethod
-    def words_beside(head_dim: int) -> int:
-        """Words of the units of 16 bytes that a centre lies in, wherever it begins."""
-        return head_dim // 4 + 4
-
-    def _centre_source(self, number: Expr) -> Expr:
-        """The address of the first of these units; the last may reach beyond the array, but not beyond its memory."""
-        place = self._centre_of(number)
-        return self._centre.ptr_to([*place, -self._centre_offset(place)])
-
-    def _centre_offset(self, place: tuple[Expr, ...]) -> Expr:
-        """How many words behind the beginning of a unit the centre begins."""
-        b, head, block = (u32(index) for index in place)
-        heads, blocks = (u32(i32(size)) for size in self._centre.shape[1:3])
-        row = (b * heads + head) * blocks + block
-        return i32(scalar(row * u32(self.head_dim // 4 + 1) & u32(3)))
-
-    def _centre_beside(self, start: Expr, number: Expr) -> tuple[Registers, Registers]:
-        """The centre that came with the tile that begins at this word."""
-        words, scale = Registers(self.head_dim // 16), Registers(1)
-        first = scalar(start + self.ring.tile_words + self._centre_offset(self._centre_of(number)))
-        for step in range(self.head_dim // 16):
-            words[step] = self.ring.shared[first + 4 * step + self.ring.lane % 4]
-        scale[0] = self.ring.shared[first + self.head_dim // 4]
-        return words, scale
-
-    def _centre_of(self, number: Expr) -> tuple[Expr, ...]:
-        return *self._where, scalar(self._place(self._share, number) // (self.policy.center // TOKENS))
 
 
 class _Chunks:

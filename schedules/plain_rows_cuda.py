@@ -130,18 +130,24 @@ class PlainRows:
 
 
 class PlainShare:
-    """A warp's share of the rows of a stream; ``slots`` keep its sums while it takes tiles."""
+    """A warp's share of the rows of a stream; ``slots`` keep its sums.
+
+    ``slots_in_use``: how many of the block's warps have any, from the last one down; int32.
+    """
 
     def __init__(self, place: DecodePlace, rows: PlainRows, slots: SumSlots, bounds: tuple[Expr, Expr, Expr]) -> None:
         """Begin to bring the first rows nearer. ``bounds``: see ``PlainRows.turns``."""
         self.place, self.rows, self.slots = place, rows, slots
-        # From the last warps of every block on, which have no more tiles than others; or those of one block only.
+        # From the last warps of every block on, which have no more tiles than others; or of blocks without tiles only.
         behind = place.warps - 1 - place.warp, place.splits - 1 - place.split
         apart = scalar((place.row_blocks > 0).astype("int32"))
-        among = scalar(tir.Select(apart > 0, i32(1), place.splits))
+        among = scalar(tir.Select(apart > 0, place.row_blocks, place.splits))
         self._first, self._step = scalar(behind[0] * among + behind[1]), scalar(among * place.warps)
         none = (apart > 0) & place.has_tiles
-        self._turns = scalar(tir.Select(none, i32(0), rows.turns(bounds) - self._first))
+        turns = scalar(tir.Select(none, i32(0), rows.turns(bounds)))
+        self._turns = scalar(turns - self._first)
+        each = tir.max(turns - behind[1] + (among - 1), i32(0)) // among
+        self.slots_in_use = scalar(tir.min(each, i32(place.warps)))
         # Streams of one block are those of large batches: memory is busy then, and the rows come no sooner.
         with T.If((self._turns > 0) & (place.splits > 1)), T.Then():
             rows.approach(place.lane, self._first)
@@ -153,8 +159,3 @@ class PlainShare:
             rows.keys.start(queries.load, queries.scale)
             rows.stream(place.lane, self._first, scalar((self._turns - 1) // self._step), self._step)
             self.slots.put(rows.weights, place.warp, place.lane, lambda j, half: rows.place(place.lane, j, half))
-
-    def add_to(self, own: SumSlots, scale: float) -> None:
-        """Add the rows' sums to the warp's other ones, which are times ``scale``."""
-        with T.If(self._turns > 0), T.Then():
-            own.fold(self.place.warp, self.slots, self.place.lane, 1 / scale)

@@ -24,8 +24,7 @@ class TileRing:
 
     ``barrier``: the first word of the ring's barriers, two words each (unused without bulk copies). ``source(number)``
     gives the address of the stream's tile ``number``; tiles come and go in order. ``depth``: how many of the stages are
-    in use; all without bulk copies. ``beside``: words that come with a tile, behind it, from the address that
-    ``source_beside(number)`` gives; bulk copies only.
+    in use; all without bulk copies.
     """
 
     shared: Any
@@ -36,11 +35,9 @@ class TileRing:
     lane: Expr
     bulk: bool
     depth: Expr
-    beside: int = 0
 
     def __post_init__(self) -> None:
         self._stage, self._phase = Registers(1, "int32"), Registers(1, "int32")
-        self.source_beside: Any = None
 
     def prepare(self) -> None:
         """Set the barriers up; best before anything is loaded, since it waits for that."""
@@ -53,10 +50,19 @@ class TileRing:
                 ptx("fence.proxy.async.shared::cta")
             warp_sync()
 
-    def start(self, source: Any, exists: Callable[[int], Expr]) -> None:
-        """Begin to copy the stream's first ``stages`` tiles, as far as they exist."""
+    def start(
+        self, source: Any, exists: Callable[[int], Expr], beside_first: Callable[[], None] | None = None
+    ) -> None:
+        """Begin to copy the stream's first ``stages`` tiles, as far as they exist.
+
+        ``beside_first`` begins to copy what is needed with the first tile.
+        """
         for stage in range(self.stages):
+            if stage == 0 and beside_first is not None and not self.bulk:  # into the same group of copies
+                beside_first()
             self._copy(source, stage, stage, exists(stage) & (self.depth > stage) if stage else exists(stage))
+            if stage == 0 and beside_first is not None and self.bulk:
+                beside_first()
 
     def wait(self) -> Expr:
         """Wait for the oldest tile; returns its first word in ``shared``."""
@@ -65,7 +71,7 @@ class TileRing:
         else:
             ptx("cp.async.wait_group", self.stages - 1)
             warp_sync()
-        return self.first + self._stage[0] * (self.tile_words + self.beside)
+        return self.first + self._stage[0] * self.tile_words
 
     def refill(self, source: Any, number: Expr, count: Expr) -> None:
         """Copy tile ``number`` (if below ``count``) where the oldest one was, which every lane has done reading."""
@@ -84,25 +90,20 @@ class TileRing:
     def _barrier(self, stage: Expr) -> Expr:
         return self.shared.ptr_to([self.barrier + 2 * stage])
 
-    def _bulk(self, at: Expr, source: Expr, words: int, stage: Expr) -> None:
-        ptx(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
-            self.shared.ptr_to([at]),
-            source,
-            u32(4 * words),
-            self._barrier(stage),
-        )
-
     def _copy(self, source: Any, stage: Expr, number: Expr, exists: Expr) -> None:
-        at = self.first + stage * (self.tile_words + self.beside)
+        at = self.first + stage * self.tile_words
         if self.bulk:
             with T.If(exists & (self.lane == 0)), T.Then():
                 state = Registers(1, "uint64")
-                size = u32(4 * (self.tile_words + self.beside))
+                size = u32(4 * self.tile_words)
                 ptx("mbarrier.arrive.expect_tx.shared.b64", state[0], self._barrier(stage), size)
-                self._bulk(at, source(number, 0), self.tile_words, stage)
-                if self.beside:
-                    self._bulk(at + self.tile_words, self.source_beside(number), self.beside, stage)
+                ptx(
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+                    self.shared.ptr_to([at]),
+                    source(number, 0),
+                    size,
+                    self._barrier(stage),
+                )
             return
         with T.If(exists), T.Then():
             for start in range(0, self.tile_words, 4 * WARP):

@@ -68,8 +68,21 @@ class DecodeBlock(TensorCoreBlock):
             assert at[thread] % 4 == 0 and start[thread] % 4 == 0
             assert 0 <= at[thread] and at[thread] + count <= len(self.shared[target])
             copied = self.gpu.memory[source][start[thread] : start[thread] + count]
-            assert len(copied) > count - 4  # the unit of 16 bytes at the array's end
-            self.shared[target][at[thread] : at[thread] + len(copied)] = copied
+            assert len(copied) == count
+            self.shared[target][at[thread] : at[thread] + count] = copied
+
+    def call_ptx_cp_async_cg_src_size(self, args, words, expr) -> None:
+        """A unit of four words, of which those past the source's size become 0."""
+        (target, at), (source, start) = (self._address(arg) for arg in args[:2])
+        assert int(args[2].value) == 16
+        sizes = self.value(args[3])
+        for thread in np.flatnonzero(self.active):
+            count, first = int(sizes[thread]) // 4, start[thread]
+            assert sizes[thread] % 4 == 0 and 0 <= count <= 4 and at[thread] % 4 == 0 and first % 4 == 0
+            assert 0 <= first and first + count <= len(self.gpu.memory[source])
+            unit = np.zeros(4, np.uint32)
+            unit[:count] = self.gpu.memory[source][first : first + count]
+            self.shared[target][at[thread] : at[thread] + 4] = unit
 
     def call_ptx_ld(self, args, words, expr) -> None:
         """Also at an address in shared memory that is a number."""

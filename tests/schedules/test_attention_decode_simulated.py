@@ -173,13 +173,42 @@ def test_segments(rng, case, policy, window):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "expected"), [(45, 5), pytest.param(44, 4, marks=pytest.mark.full)], ids=["apart", "shared"]
+    ("turns", "blocks", "expected"),
+    [(3, 63, 7), (3, 62, 4), pytest.param(9, 45, 5, marks=pytest.mark.full)],
+    ids=["three", "shared", "one"],
 )
 @pytest.mark.parametrize("window", [None, pytest.param(50, marks=pytest.mark.full)])
-def test_rows_in_blocks_of_their_own(rng, monkeypatch, window, blocks, expected):
-    """Nine streams of four blocks with tiles: a fifth has the rows in 16 bits, if it can run beside them."""
-    monkeypatch.setattr(attention_decode_cuda, "TILES_TO_WAIT_FOR", 1)
+def test_rows_in_blocks_of_their_own(rng, monkeypatch, window, turns, blocks, expected):
+    """Nine streams of four blocks with tiles: others have the rows in 16 bits, if they can run beside them."""
+    monkeypatch.setattr(attention_decode_cuda, "TURNS", turns)
     assert check_segments(rng, *SEGMENTED[1], window, {"warps": 2, "least": 1}, blocks=blocks) == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        (Case("hurwitz3", 64, 9, 3), "sm_90a"),
+        (Case("iso2/planar4", 80, 3, 1), "sm_80"),
+        pytest.param(Case("hurwitz2+tcq", 64, 4, 2), "sm_90a", marks=pytest.mark.full),
+        pytest.param(Case("hurwitz3/f16", 128, 6, 1), "sm_80", marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_centres_of_many_tiles(rng, case, arch):
+    """More than two rounds of eight tiles to a warp, and rounds that are not full."""
+    policy = CachePolicy(sinks=3, recent=5, center=32)
+    cache = SegmentedCache(Kernels("llvm"), rng, case, policy, 3, 700)
+    for counts in ([290, 30, 1], [300, 1, 0], [1, 240, 0]):
+        cache.append(cache.draw(max(counts)), counts)
+    q = rng.standard_normal((3, 1, case.heads, case.head_dim)).astype(np.float32)
+    seen = cache.seen()
+    expected = [
+        attention(q[b], seen[b, 0, :, :n], seen[b, 1, :, :n], SCALE, first=n - 1) for b, n in enumerate(cache.lengths)
+    ]
+    knobs = {"warps": 1, "least": 100}
+    actual, count = launch(shape_of(case, policy=policy), [q, *cache.arrays, cache.lengths], knobs, arch, blocks=1)
+    assert count == 1
+    check(actual, np.stack(expected), 2e-3)
 
 
 def check_segments(rng, case, policy, window, knobs=None, **options):
