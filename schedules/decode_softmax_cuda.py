@@ -137,9 +137,7 @@ class SumSlots:
         return float_of(self.shared[self._scales(slot, row)])
 
     def add(self, slot: Expr, where: tuple[Expr, Expr], highest: Expr, sums: Registers, factor: float = 1) -> None:
-        """Add a slot's values from (row, dim) on, times ``factor``, and its total to ``sums``, which stand off
-        ``highest``.
-        """
+        """Add a slot's values from (row, dim) on, times ``factor``, and its total to ``sums`` at ``highest``."""
         row, dim = where
         share, count = scalar(tir.exp2(self.reference(slot, row) - highest)), sums.count - 1
         scaled = share if factor == 1 else scalar(share * f32(factor))

@@ -24,8 +24,12 @@ from .linear_warpgroups_cuda import WarpgroupTile, has_warpgroups, warpgroup_kno
 
 __all__ = ["FEW", "MANY", "SLICE", "WARPGROUPS", "CUDALinear", "cuda_linear", "many_rows"]
 
-FEW = (FewRows(8, tiles=1, warps=16, steps=2, stages=3), FewRows(16, tiles=1, warps=8, steps=2, stages=4))
-"""For few rows, in the order of how many they take."""
+FEW = (
+    FewRows(8, tiles=1, warps=16, steps=2, stages=3),
+    FewRows(16, tiles=2, warps=16, steps=1, stages=3, ahead=True),
+    FewRows(16, tiles=1, warps=8, steps=2, stages=4),
+)
+"""For few rows, in the order of how many they take; of as many, the first that fits."""
 MANY = (
     ManyRows(128, 256, 64, 64, stages=4),
     ManyRows(128, 128, 64, 64, stages=4),
@@ -59,10 +63,13 @@ def cuda_linear(
     with IRBuilder() as builder, T.prim_func(s_tir=False, is_private=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         operands = Operands(spec, starts_early(target))
+        fitting_few = {}
+        for knobs in few:
+            if knobs.shared_bytes(spec.in_features) <= limit:
+                fitting_few.setdefault(knobs.columns, knobs)
         cases: list[Case] = [
             (operands.rows <= knobs.columns, functools.partial(emit_few_rows, operands, knobs))
-            for knobs in few
-            if knobs.shared_bytes(spec.in_features) <= limit
+            for knobs in fitting_few.values()
         ]
         fitting = [knobs for knobs in many if knobs.shared_bytes <= limit] or list(many[-1:])
         for knobs in fitting:

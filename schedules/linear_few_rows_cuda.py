@@ -106,7 +106,8 @@ class _Block:
         weights, values = Registers(4 * self.accesses), Registers(4 * self.blocks * knobs.steps)
         coming = Registers(values.count) if knobs.ahead else values
         if knobs.ahead:
-            self._load(values, i32(0))
+            with T.If(self.count > 0), T.Then():  # a warp without a chunk has no inputs to read
+                self._load(values, i32(0))
         with T.serial(0, self.count) as turn:
             self._load(coming, tir.min(turn + 1, self.count - 1) if knobs.ahead else turn)
             ptx("cp.async.wait_group", knobs.stages - 2)

@@ -70,7 +70,16 @@ def test_few_rows(name, rows):
     check(spec, arrays)
 
 
-@pytest.mark.parametrize("knobs", [FewRows(16, 2, 3, 1, 3), FewRows(16, 1, 4, 2, 4), FewRows(24, 3, 1, 4, 2)], ids=str)
+OTHER_KNOBS = [
+    FewRows(16, 2, 3, 1, 3),
+    FewRows(16, 1, 4, 2, 4),
+    FewRows(24, 3, 1, 4, 2),
+    FewRows(16, 2, 16, 1, 3, ahead=True),  # more warps than there are inputs for
+    FewRows(16, 1, 1, 2, 2, ahead=True),
+]
+
+
+@pytest.mark.parametrize("knobs", OTHER_KNOBS, ids=str)
 @pytest.mark.parametrize("name", ["three", "gated", "residual"])
 def test_few_rows_with_other_knobs(name, knobs):
     spec, arrays = SPECS[name], arguments(SPECS[name], 13, np.random.default_rng(0))
@@ -91,6 +100,15 @@ def test_warpgroups(name):
     spec, arrays = SPECS[name], arguments(SPECS[name], 130, np.random.default_rng(0))
     TensorCoreGPU(cuda_linear(spec, target_of("sm_90a"), (), (warpgroup_knobs(128, 32, 3),)))(*arrays)
     check(spec, arrays)
+
+
+def test_of_as_many_rows_the_first_kernel_that_fits():
+    spec, target = CUDALinear(64, (16,), (False,)), target_of("sm_86")
+    fits, large = FewRows(16, 1, 1, 1, 2), FewRows(16, 2, 16, 2, 8)
+    assert fits.shared_bytes(64) < 101376 < large.shared_bytes(64)
+    alone = cuda_linear(spec, target, (fits,), (SMALL_MANY,))
+    for few in ((large, fits), (fits, FewRows(16, 1, 2, 1, 2))):
+        tvm.ir.assert_structural_equal(cuda_linear(spec, target, few, (SMALL_MANY,)), alone)
 
 
 def test_the_rows_choose_the_kernel():
