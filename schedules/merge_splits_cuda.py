@@ -82,7 +82,7 @@ class Partials:
         with T.serial(0, (parts + (AHEAD * step - 1)) // (AHEAD * step)) as turn:
             scales, values = Registers(2 * AHEAD, "float32"), Registers(VECTOR * AHEAD, "float32")
             values.fill(f32(0))
-            # What is added to one base is an offset in the instruction; clamped parts would take addresses of their own.
+            # What is added to one base is an offset in the instruction; clamped parts have addresses of their own.
             base = scalar(turn * (AHEAD * step) + first)
             for k in range(AHEAD):
                 scales[2 * k], scales[2 * k + 1] = f32(MASKED), f32(0)
