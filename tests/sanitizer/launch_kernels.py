@@ -16,6 +16,11 @@ os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
 
 import numpy as np
 import tvm
+from tvm_ffi.libinfo import load_lib_ctypes
+
+
+KEPT: list[object] = []
+"""Libraries that must stay loaded."""
 
 
 def main(words: list[str]) -> int:
@@ -23,7 +28,7 @@ def main(words: list[str]) -> int:
     options = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--")}
     folder, *names = [word for word in words if not word.startswith("--")]
     share, shares = map(int, options.get("--share", "0/1").split("/"))
-    device = tvm.cpu() if "--cpu" in options else tvm.cuda(0)
+    device = tvm.cpu() if "--cpu" in options else _cuda()
     plan = json.loads((Path(folder) / "cases.json").read_text())
     wanted = [name for name, entry in plan.items() if not names or name in names or entry["family"] in names]
     libraries: dict[int, tuple] = {}
@@ -37,6 +42,13 @@ def main(words: list[str]) -> int:
         failed += left > 0
         print(f"launched {symbol}" + (f": {left} elements of its output were not written" if left else ""), flush=True)
     return failed
+
+
+def _cuda() -> tvm.runtime.Device:
+    """The first GPU; ``TVM_USE_RUNTIME_LIB`` leaves its part of the runtime out."""
+    paths = tvm.libinfo.package_lib_paths()
+    KEPT.append(load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=paths))
+    return tvm.cuda(0)
 
 
 def _launch(symbol: str, entry: dict, library, stored, device, poison: bool) -> int:
