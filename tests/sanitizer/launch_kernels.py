@@ -18,7 +18,6 @@ import numpy as np
 import tvm
 from tvm_ffi.libinfo import load_lib_ctypes
 
-
 KEPT: list[object] = []
 """Libraries that must stay loaded."""
 
