@@ -3,8 +3,8 @@
 A thread block serves one stream (sequence, kv head, up to eight query heads of its group) and one split of its tokens.
 Every warp reads tiles of its own (``packed_stream_cuda``); the codes go from memory to the tensor cores as they are,
 through a table lookup in registers. The warps' results are merged in the block, the splits' by the block that arrives
-last. Rows of the 16-bit segments are spread over the blocks of a stream, and read while their tiles are on the way; or
-one more block per stream has them.
+last. Rows of the 16-bit segments are spread over the blocks of a stream, and read while their tiles are on the way;
+or a few more blocks per stream have them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The 16-bit segments of a cache in decode attention, on CUDA: sinks and ring, a few rows at a time.
 
-Rows are few, so they need no ring of copies in shared memory: some warps of a stream's blocks, or those of a block of
-their own, read 16 of them each from global memory.
+Rows are few, so they need no ring of copies in shared memory: some warps of a stream's blocks, or of blocks of their
+own, read 16 of them each from global memory.
 """
 
 from __future__ import annotations

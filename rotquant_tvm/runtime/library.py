@@ -14,7 +14,7 @@ import tvm
 from tvm.runtime import Device, Module, Tensor
 from tvm.runtime.vm import VirtualMachine
 
-from rotquant_tvm.errors import ArtifactError, UsageError
+from rotquant_tvm.errors import ArtifactError, DeviceError, UsageError
 from rotquant_tvm.runtime.artifact import Artifact, read_artifact
 from rotquant_tvm.runtime.cache_allocation import create_arrays
 from rotquant_tvm.runtime.cache_arrays import CacheArrays
@@ -92,15 +92,18 @@ class CompiledLibrary:
         """Start a session that holds what ``Session.save`` wrote to ``path``.
 
         ``capacity``: tokens per sequence, by default the artifact's or, if that is more, those of the longest sequence;
-        ``chunk`` as of ``session``. Raises ArtifactError for a damaged file or one of another library, and what
-        ``session`` raises.
+        ``chunk`` as of ``session``. Raises ArtifactError for a damaged file or one of another library, DeviceError if
+        the host has no room for a layer, and what ``session`` raises.
         """
-        stored = read_cache_file(path, self.identity)
-        capacity = max(self.default_capacity, stored.longest) if capacity is None else capacity
-        if stored.longest > capacity:
-            raise UsageError(f"{path} holds {stored.longest} tokens and the capacity is {capacity}; use more")
-        session = self.session(stored.batch, capacity, chunk)
-        stored.fill(session.cache)
+        try:
+            stored = read_cache_file(path, self.identity)
+            capacity = max(self.default_capacity, stored.longest) if capacity is None else capacity
+            if stored.longest > capacity:
+                raise UsageError(f"{path} holds {stored.longest} tokens and the capacity is {capacity}; use more")
+            session = self.session(stored.batch, capacity, chunk)
+            stored.fill(session.cache)
+        except MemoryError as error:
+            raise DeviceError(f"no room in the host's memory to restore {path} ({reason(error)}); free some") from error
         return session
 
     def create_cache(self, batch: int, capacity: int) -> CacheArrays:
@@ -236,7 +239,8 @@ def _load_module(artifact: Artifact) -> Module:
     try:
         return load_module(artifact.library_path)
     except Exception as error:  # the loader raises several kinds
-        raise ArtifactError(
-            f"{artifact.library_path} cannot be loaded on this machine ({reason(error)}); "
-            "compile the model here"
-        ) from error
+        why = reason(error)
+        remedy = "compile the model here"
+        if any(word in why for word in ("failed to map segment", "annot allocate memory")):
+            remedy = "free memory, or let code be run from its folder and the one for temporary files"
+        raise ArtifactError(f"{artifact.library_path} cannot be loaded on this machine ({why}); {remedy}") from error

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rotquant_tvm.runtime.artifact as artifact_module
+import rotquant_tvm.runtime.library as library_module
 from rotquant_tvm import staging
 from rotquant_tvm.errors import ArtifactError, UsageError
 from rotquant_tvm.runtime import TokenizerSpec, check_output, load, read_artifact, write_artifact
@@ -176,6 +177,15 @@ def test_paths_that_are_no_artifact_are_refused(tmp_path):
 def test_a_library_of_another_machine_is_refused(write, tmp_path):
     path = write(tmp_path / "model.rq", library=b"\x7fELF not really")
     refused(path, "model.so", "cannot be loaded")
+
+
+@pytest.mark.parametrize("why", ["failed to map segment from shared object", "Cannot allocate memory"])
+def test_a_library_that_memory_has_no_room_for_need_not_be_compiled_again(artifact, monkeypatch, why):
+    def full(path):
+        raise RuntimeError(f"{path}: {why}")
+
+    monkeypatch.setattr(library_module, "load_module", full)
+    refused(artifact, "model.so", "cannot be loaded", why, "free memory")
 
 
 def test_an_artifact_is_replaced_whole(artifact, write, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from rotquant_tvm.errors import ArtifactError, KVCacheFull, UsageError
+from rotquant_tvm.errors import ArtifactError, DeviceError, KVCacheFull, UsageError
 from rotquant_tvm.runtime import cache_file, load_library
 
 ROWS = [list(range(3, 73)), [9, 8, 7], []]
@@ -83,6 +83,20 @@ def test_a_library_with_other_weights_does_not(write, fake_model, saved, tmp_pat
 def test_too_small_a_capacity_is_refused(library, saved):
     with pytest.raises(UsageError, match="holds 70 tokens and the capacity is 69"):
         library.restore(saved[1], capacity=69)
+
+
+@pytest.mark.parametrize("where", ["_array", "_checksums"])
+def test_a_host_without_room_is_named(library, saved, monkeypatch, where):
+    """While a layer is read, or the file opened; afterwards it works."""
+
+    def full(*_):
+        raise MemoryError("Unable to allocate 7.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_file, where, full)
+        with pytest.raises(DeviceError, match=r"no room in the host's memory to restore .*prefix.kv .*7.00 GiB"):
+            library.restore(saved[1])
+    assert library.restore(saved[1]).lengths.tolist() == [70, 3, 0]
 
 
 def test_a_changed_byte_is_noticed(library, saved):
