@@ -10,12 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 from rotquant_tvm import __version__
 from rotquant_tvm.cli.config_file import expand_config
@@ -24,12 +21,13 @@ from rotquant_tvm.cli.help_text import OVERVIEW, help_parts
 from rotquant_tvm.cli.next_steps import next_steps
 from rotquant_tvm.cli.options import Parser, common_options, join_layer_lists
 from rotquant_tvm.cli.output import Output
+from rotquant_tvm.cli.stop_signals import TERMINATED, stop_signals
 from rotquant_tvm.cli.streams import Streams, own_streams
 from rotquant_tvm.cli.unknown_words import option_names, unknown_words
 from rotquant_tvm.errors import RotQuantError, UsageError
 
 COMMANDS = ("compile", "tune", "run", "eval", "bench", "formats", "inspect", "logs", "env", "completion")
-INTERNAL, INTERRUPTED, TERMINATED = 3, 130, 143
+INTERNAL, INTERRUPTED = 3, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
-    with own_streams(show_others=arguments.verbosity > 1) as streams, _terminable():
+    with own_streams(show_others=arguments.verbosity > 1) as streams, stop_signals():
         return _execute(arguments, Output(streams, arguments.json, arguments.verbosity))
 
 
@@ -141,24 +139,6 @@ def _internal(error: Exception, verbosity: int) -> str:
     where = f" at {os.path.basename(place[0].filename)}:{place[0].lineno}" if place else ""
     hint = "" if verbosity > 1 else "; run it again with -vv for the traceback"
     return f"internal failure: {type(error).__name__}{where}{': ' + lines[-1] if lines else ''}{hint}"
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let a termination signal unwind the command, so that it clears away what it had begun to write."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: signals go elsewhere
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

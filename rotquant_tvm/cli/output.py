@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from rotquant_tvm.cli.stop_signals import raise_if_stopped
 from rotquant_tvm.cli.streams import Streams
 
 Advance: TypeAlias = Callable[[str], None]
@@ -86,7 +87,7 @@ class Output:
     def steps(self, total: int | None, first: str) -> Iterator[Advance]:
         """Show progress through ``total`` named steps (None: their number is not known) until the block ends.
 
-        A bar with a clock on a terminal; elsewhere one line per step.
+        A bar with a clock on a terminal; elsewhere one line per step. A step raises what a signal raised that was lost.
         """
         if not self._err.is_terminal or self.verbosity < 0:
             yield self._lines(first)
@@ -106,6 +107,7 @@ class Output:
             started = [False]
 
             def advance(name: str) -> None:
+                raise_if_stopped()
                 bar.update(task, description=name, advance=int(started[0]))
                 started[0] = True
 
@@ -117,6 +119,7 @@ class Output:
         self.note(f"{first} …")
 
         def advance(name: str) -> None:
+            raise_if_stopped()
             if name != last[0]:
                 self.note(f"{name} … ({time.perf_counter() - since:.0f} s)")
             last[0] = name
