@@ -238,6 +238,8 @@ def kv_cases() -> list[KernelCase]:
     """The kernels of a cache."""
     main, ring = Case("hurwitz3:ip/hurwitz3", 128, 8, 2), replace(PRESET, recent=9)
     mixed, trellis = Case("iso4/planar2", 80, 6, 2), Case("hurwitz3+tcq", 64, 6, 2)
+    long: dict[str, Any] = {"longest": 34200}
+    apart: dict[str, Any] = {"longest": 8600, "least": 1, "warps": 2}
     return [
         case("append", "chunk", append_launch, "hurwitz3:ip/hurwitz3", 128, "float16", (77, 0, 1), (45, 3, 31), 4),
         case("append", "chunk_past_the_end", append_launch, "hurwitz3", 64, "float16", (70, 9), (40, 60), 2),
@@ -265,8 +267,14 @@ def kv_cases() -> list[KernelCase]:
         case("decode", "half", decode_launch, Case("f16/hurwitz3", 96, 5, 1), "float16"),
         case("decode", "wide", decode_launch, Case("hurwitz4", 256, 16, 1), "float16"),
         case("decode", "policy", decode_launch, main, "float16", PRESET, least=1),
-        # As many tiles to a warp as give the rows in 16 bits a block of their own.
+        # Splits of several tiles a warp, and beside them blocks that have the rows in 16 bits alone.
         case("decode", "policy_apart", decode_launch, main, "float16", PRESET, longest=4321, least=1, warps=1),
+        case("decode", "apart_two_warps", decode_launch, main, "float16", PRESET, **apart),
+        case("decode", "apart_four_warps", decode_launch, mixed, "float16", PRESET, longest=17000, least=1, warps=4),
+        case("decode", "apart_raw", decode_launch, main, "float16", PRESET, raw=True, cuda=True, **apart),
+        case("decode", "apart_trellis", decode_launch, trellis, "float16", PRESET, **apart),
+        case("decode", "apart_defaults", decode_launch, main, "float16", PRESET, **long),
+        case("decode", "apart_defaults_raw", decode_launch, main, "float16", PRESET, raw=True, cuda=True, **long),
         case("decode", "policy_raw", decode_launch, main, "float16", PRESET, raw=True, cuda=True),
         case("decode", "window", decode_launch, main, "float16", window=500),
         case("decode", "policy_window", decode_launch, main, "float16", ring, window=300),
