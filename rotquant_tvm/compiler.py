@@ -179,7 +179,7 @@ def compile(
         stages.start("pack weights")
         mod, weights = _final_weights(mod, imported.weights)
         stages.start("schedule")
-        mod = run_passes(mod, operator_passes(target, records, WantedSizes(batch, capacity)), target)
+        mod = run_passes(mod, operator_passes(target, records, WantedSizes(batch, capacity, others=True)), target)
         pass_seconds = timer.seconds(pass_names(target))  # before TVM runs some of the same passes again
         mod = _with_limits(mod, target)
         stages.start("generate code")

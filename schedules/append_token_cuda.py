@@ -16,7 +16,7 @@ from rotquant_tvm.formats import TOKENS, Codec, TileLayout
 from rotquant_tvm.ops.codec_shape import CodecShape
 from rotquant_tvm.ops.tile_access import gain_position
 
-from .cuda_ops import WARP, Registers, i32, load_words, prmt, scalar, store_words, u32, warp_sync
+from .cuda_ops import WARP, Registers, i32, load_words, prmt, ptx, scalar, store_words, u32, warp_sync
 from .dependent_launch_cuda import let_next_start, wait_for_inputs
 from .tile_encoder_cuda import TileEncoder
 from .tile_lane_cuda import Lane
@@ -27,6 +27,8 @@ from .vector_core_cuda import VectorCore
 from .vector_lanes_cuda import VectorLanes
 
 Expr = Any
+LINE = 128
+"""Bytes that a prefetch brings."""
 
 
 class TokenAppend:
@@ -53,27 +55,56 @@ class TokenAppend:
         with T.launch_thread("blockIdx.x", batch * kv_heads * 2) as block:
             with T.launch_thread("threadIdx.x", WARP) as thread:
                 let_next_start(self.starts_early)
-                wait_for_inputs(self.starts_early)
                 block, lane = scalar(i32(block)), scalar(i32(thread))
                 b, head = scalar(block // (2 * i32(kv_heads))), scalar(block // 2 % i32(kv_heads))
-                counts = Registers(2, "int32")
-                for n, array in enumerate(lengths):
-                    load_words(counts, n, array, [b], 1, "global")
-                position, count = scalar(counts[0] - 1), counts[1]
-                tile = scalar(position // TOKENS)
-                place = (b.astype("int64"), head.astype("int64"), tile.astype("int64"))
-                new = scalar(tir.all(count > 0, place[2] < cache.shape[2]).astype("int32"))
                 with T.If(block % 2 == 0):
                     for role, frame in enumerate((T.Then, T.Else)):
                         with frame():
-                            at = _Place(cache, place, scalar(position % TOKENS), new, lane)
-                            self._token(role, at, source[role], coefficients[role])
+                            self._role(role, cache, (b, head, lane), (source[role], coefficients[role]), lengths)
 
-    def _token(self, role: int, at: _Place, x: Any, coefficients: Any) -> None:
-        if self.codecs[role].rotation.identity:
+    def _role(
+        self, role: int, cache: Any, where: tuple[Expr, Expr, Expr], given: tuple[Any, Any], lengths: tuple[Any, Any]
+    ) -> None:
+        """The key or the value of a sequence and a head."""
+        b, head, lane = where
+        x, coefficients = given
+        core = None if self.codecs[role].rotation.identity else VectorCore(self.shapes[role], self.lanes, codes=True)
+        if core is not None:
+            core.place(lane)
+            core.load(coefficients, lane, 1)  # weights, which nobody writes
+        if self.starts_early:
+            self._bring_nearer(role, cache, where, lengths[0])
+        wait_for_inputs(self.starts_early)
+        counts = Registers(2, "int32")
+        for n, array in enumerate(lengths):
+            load_words(counts, n, array, [b], 1, "global")
+        position, count = scalar(counts[0] - 1), counts[1]
+        tile = scalar(position // TOKENS)
+        place = (b.astype("int64"), head.astype("int64"), tile.astype("int64"))
+        new = scalar(tir.all(count > 0, place[2] < cache.shape[2]).astype("int32"))
+        at = _Place(cache, place, scalar(position % TOKENS), new, lane)
+        if core is None:
             self._through_tile(role, at, x)
         else:
-            self._through_vector(role, at, x, coefficients)
+            self._through_vector(role, at, x, core)
+
+    def _bring_nearer(self, role: int, cache: Any, where: tuple[Expr, Expr, Expr], lengths: Any) -> None:
+        """Ask for the tile that the token goes to, by what may be the length of a step ago: a hint, and not more.
+
+        Past the L1 cache, which would keep the old length. A large cache's tile comes from memory, through an address
+        that no table of the multiprocessor holds.
+        """
+        b, head, lane = where
+        length = Registers(1, "int32")
+        load_words(length, 0, lengths, [b], 1, "global.cg")
+        last = tir.min(tir.max(length[0] - 1, i32(0)).astype("int64") // TOKENS, cache.shape[2] - 1)
+        sections = [self.layout.sections[f"{'kv'[role]}_{name}"] for name in ("codes", "gains")]
+        for section in sections:
+            lines = -(-section.nbytes // LINE)
+            for first in range(0, lines, WARP):
+                word = scalar((section.offset + (first + lane) * LINE) // 4)
+                with T.If(tir.all(first + lane < lines, cache.shape[2] > 0)), T.Then():
+                    ptx("prefetch.global.L2", cache.ptr_to([b.astype("int64"), head.astype("int64"), last, word]))
 
     def _through_tile(self, role: int, at: _Place, x: Any) -> None:
         rotation = TileRotation(self.codecs[role], self.dtype, "kv"[role])
@@ -91,14 +122,11 @@ class TokenAppend:
         with T.If(at.new != 0), T.Then():
             encoder.encode(at.place, (at.token, scalar(at.token + 1)), lambda _half: rows, lambda _half: None)
 
-    def _through_vector(self, role: int, at: _Place, x: Any, coefficients: Any) -> None:
-        core = VectorCore(self.shapes[role], self.lanes, codes=True)
-        core.place(at.lane)
+    def _through_vector(self, role: int, at: _Place, x: Any, core: VectorCore) -> None:
         raw = self.lanes.raw()
         self.lanes.load(raw, x, [*at.place[:2], 0], core.lane, "global")
         stores = TileStores(at.cache, self.layout, Lane("kv"[role], self.layout.head_dim, at.lane))
         writer = _TokenWriter(stores, at)
-        core.load(coefficients, at.lane, 1)
         (encoded,) = core.encode([self._unpack(raw)])
         writer.write(core, encoded.values, encoded.gain)
 

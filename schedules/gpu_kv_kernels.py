@@ -8,6 +8,7 @@ and slow. A kernel's parameters, in order, and results are the definition's; onl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import tvm
 from tvm import tirx
@@ -21,6 +22,7 @@ from .attention_decode_cuda import attention_decode_cuda
 from .attention_prefill_cuda import attention_prefill_cuda
 from .dequantize_cuda import dequantize_cuda
 from .flush_cuda import flush_cuda
+from .kernel_by_size import choices_of, kernel_by_size
 from .knobs import keep_choice
 from .quantize_cuda import quantize_cuda
 from .rotate_cuda import rotate_cuda
@@ -66,8 +68,14 @@ def gpu_kernel(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     """Return the kernel that does what a definition says it does, under the definition's name; None if none does."""
     name = func.attrs.get(OP_ATTR) if func.attrs is not None else None
     rule = RULES.get(str(name)) if name is not None else None
-    kernel = rule(func, target) if rule is not None else None
-    if kernel is None or rule is None:
+    if rule is None:
+        return None
+    choices = choices_of(func)
+    if choices:
+        kernel = kernel_by_size(func, choices, partial(rule, target=target))
+    else:
+        kernel = rule(func, target)
+    if kernel is None:
         return None
     symbol = func.attrs.get("global_symbol")
     kernel = kernel.without_attr("global_symbol")

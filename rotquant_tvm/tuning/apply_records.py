@@ -7,6 +7,7 @@ from tvm import tirx
 from tvm.target import Target
 
 from ..ops.model_op import model_op
+from ..schedules.kernel_by_size import with_choices
 from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR, kernel_for, knob_values, rule_of, with_knobs
 from .model_functions import as_model_function
 from .record_lookup import Match, TuningRecords
@@ -48,7 +49,10 @@ def _laid_out(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
 
 
 def with_record(func: tirx.PrimFunc, records: TuningRecords, wanted: WantedSizes | None = None) -> tirx.PrimFunc:
-    """The definition with the knobs of its record and the record's name; itself where it has none or chose before."""
+    """The definition with the knobs of its record and the record's name; itself where it has none or chose before.
+
+    With those of its records at other sizes too, if it will see others, on targets whose kernels can tell them apart.
+    """
     if func.attrs is None or KNOBS_ATTR in func.attrs:
         return func
     match = records.lookup(func, wanted)
@@ -63,7 +67,21 @@ def with_record(func: tirx.PrimFunc, records: TuningRecords, wanted: WantedSizes
         records.warnings.append(
             f"{operator}: the kernel has changed since the record {match.source}; tune it again with tvmc tune"
         )
-    return tuned
+    return _for_other_sizes(tuned, match, records, wanted) if wanted is not None and wanted.others else tuned
+
+
+def _for_other_sizes(
+    tuned: tirx.PrimFunc, match: Match, records: TuningRecords, wanted: WantedSizes
+) -> tirx.PrimFunc:
+    """The definition with what all records of its kernel choose; as it is if they choose the same."""
+    if records.target.kind.name != "cuda" or model_op(tuned) is not None:
+        return tuned
+    matches = records.at_other_sizes(tuned, match, wanted)
+    usable = [each for each in matches if each is match or _takes(with_knobs(tuned, each.knobs), each, records.target)]
+    chosen = with_choices(tuned, [(dict(each.entry.record.bucket), each.knobs) for each in usable])
+    if chosen is tuned:
+        return tuned
+    return chosen.with_attr(RECORD_ATTR, "; ".join(each.source for each in usable))
 
 
 def _takes(func: tirx.PrimFunc, match: Match, target: Target) -> bool:

@@ -20,13 +20,14 @@ from ..errors import RotQuantError
 from ..formats import KVFormat, rotation_structure
 from ..ops.model_op import MODEL_OP_ATTR, model_op
 from ..ops.site_shape import OP_ATTR
+from ..schedules.kernel_by_size import SIZES_ATTR
 from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR
 
 PREFIX = "rotquant."
 KERNEL_ATTR = "rotquant.kernel"
 """Attribute of a workload: the rule and its hash, so that records of another kernel are not taken for its own."""
 
-_NO_PROPERTY = (OP_ATTR, MODEL_OP_ATTR, KNOBS_ATTR, RECORD_ATTR, KERNEL_ATTR)
+_NO_PROPERTY = (OP_ATTR, MODEL_OP_ATTR, KNOBS_ATTR, SIZES_ATTR, RECORD_ATTR, KERNEL_ATTR)
 _DECODERS = ("attention_decode", "attention_prefill", "dequantize_cache", "dequantize_segments")
 """Operators that read codes and know nothing of the rotation and gain rule that made them."""
 _WITHOUT_EFFECT = ("scale", "splits", "after", "name")

@@ -19,7 +19,7 @@ from .kernel_shape import KernelShape
 from .log_document import MalformedLogError
 from .log_folders import MANIFEST_FILE, is_log, log_folders, log_roots
 from .log_store import LogEntry, TuningLog, read_log
-from .shape_buckets import Bucket, WantedSizes, bucket_distance, bucket_label
+from .shape_buckets import Bucket, WantedSizes, bucket_distance, bucket_label, nearest_batches
 from .trace_document import traced_knobs
 
 FAR = 8.0
@@ -95,6 +95,24 @@ class TuningRecords:
         exact = tuple(other for other in beside if other is not None and other.exact and match.exact)
         knobs = {name: value for each in (*exact, match) for name, value in each.knobs.items()}
         return replace(match, knobs=knobs, beside=exact, stale=any(each.stale for each in (match, *exact)))
+
+    def at_other_sizes(self, func: tirx.PrimFunc, match: Match, wanted: WantedSizes) -> list[Match]:
+        """``match`` and the records of its log for the very same kernel that other numbers of tokens may want.
+
+        Of other numbers of sequences too, where these are not known. ``match`` alone if it is of another kernel.
+        """
+        shape, rule = KernelShape.of(func), rule_of(func, self.target)
+        if shape is None or rule is None or not match.exact or match.beside:
+            return [match]
+        same = [
+            entry
+            for entry in match.log.entries
+            if entry.record.rule == rule.__name__ and shape.distance(entry.record.shape) == 0
+        ]
+        near = nearest_batches([dict(entry.record.bucket) for entry in same], wanted.batch)
+        found = (self._match((0.0, match.log, entry), func) for entry in same if dict(entry.record.bucket) in near)
+        others = [each for each in found if each is not None and each.entry is not match.entry]
+        return [match, *others]
 
     def _match(self, found: tuple[float, TuningLog, LogEntry] | None, func: tirx.PrimFunc) -> Match | None:
         """What was found, for a definition."""

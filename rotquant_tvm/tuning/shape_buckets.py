@@ -40,10 +40,14 @@ _VECTORS = {"cuda": (8192, 1 << 20), "llvm": (8192,)}
 
 @dataclass(frozen=True)
 class WantedSizes:
-    """What a compile knows of the shapes that its kernels will see; None is anything."""
+    """What a compile knows of the shapes that its kernels will see; None is anything.
+
+    ``others``: they will see other sizes too, as a model's do, where ``tokens`` is what a session has by default.
+    """
 
     batch: int | None = None
     tokens: int | None = None
+    others: bool = False
 
     def sizes(self) -> Bucket:
         """As far as they are known. An open batch counts as 1, and appends as those of a decode step."""
@@ -142,6 +146,14 @@ def bucket_label(bucket: Mapping[str, int]) -> str:
     if rest:
         words.append(f"n={count(math.prod(rest.values()))}")
     return " ".join(words)
+
+
+def nearest_batches(buckets: Sequence[Bucket], batch: int | None) -> list[Bucket]:
+    """The buckets that may be nearest to ``batch`` sequences of any length; all of them for None, any number."""
+    if batch is None:
+        return list(buckets)
+    far = [bucket_distance(bucket, {"batch": batch, "n0": batch, "d0": batch}) for bucket in buckets]
+    return [bucket for bucket, each in zip(buckets, far, strict=True) if each == min(far)]
 
 
 def bucket_distance(bucket: Mapping[str, int], wanted: Mapping[str, int]) -> float:

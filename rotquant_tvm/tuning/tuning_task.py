@@ -17,6 +17,7 @@ from tvm.s_tir.meta_schedule.database import Workload
 from tvm.target import Target
 
 from ..benchmark.settings import BatchShape
+from ..schedules.kernel_by_size import SIZES_ATTR
 from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR, kernel_for, knob_values, rule_of
 from ..schedules.model_kernels import LOOPS
 from .arguments import Measurement, Parameter, measurable
@@ -125,7 +126,7 @@ def tuning_tasks(
 
 def without_choice(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """The definition without the name, knobs and record that it has got since it was made."""
-    for name in (KNOBS_ATTR, RECORD_ATTR, "global_symbol"):
+    for name in (KNOBS_ATTR, SIZES_ATTR, RECORD_ATTR, "global_symbol"):
         if func.attrs is not None and name in func.attrs:
             func = func.without_attr(name)
     return func

@@ -8,17 +8,25 @@ import numpy as np
 import pytest
 import tvm
 import tvm_ffi
+from rotquant_tvm.schedules.kernel_by_size import choices_of
 from rotquant_tvm.schedules.knobs import RECORD_ATTR, chosen_knobs, kernel_for, with_knobs
 from rotquant_tvm.schedules.vector_kv_kernels import VectorKVKernels
 
-from rotquant_tvm.codegen import compile_kernel
+from rotquant_tvm.codegen import compile_kernel, compile_module
 from rotquant_tvm.kernel_report import layer_kernels
+from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.ops.site_shape import SiteShape
+from rotquant_tvm.pass_hooks import PassHooks
+from rotquant_tvm.pipeline import kv_passes, operator_passes, pass_context, run_passes
 from rotquant_tvm.tuning import apply_records
 from rotquant_tvm.tuning.apply_records import ApplyTuningRecords, with_record
+from rotquant_tvm.tuning.bare_model import bare_model
 from rotquant_tvm.tuning.log_store import read_log, write_log
 from rotquant_tvm.tuning.record_lookup import TuningRecords
+from rotquant_tvm.tuning.shape_buckets import WantedSizes
 from rotquant_tvm.tuning.tuning_task import tuning_tasks, without_choice
+
+from .conftest import HEADS
 
 
 @pytest.fixture
@@ -115,3 +123,59 @@ def test_llvm_knobs_change_nothing_else(task, llvm):
     assert all(SiteShape.of(kernel).splits == n for n, kernel in kernels.items())
     plain = kernel_for(task.definition, llvm)
     assert tvm_ffi.structural_equal(without_choice(kernels[own]), without_choice(plain))
+
+
+@pytest.fixture
+def of_sizes(log_of, definitions, cuda, tmp_path):
+    """A definition for GPUs, and records of it that choose differently."""
+    definition = definitions("hurwitz3", replace(HEADS, dtype="float16"), cuda)["attention_decode"]
+    tasks = {str(task.bucket["batch"]) + f"x{task.bucket['tiles']}": task for task in tuning_tasks([definition], cuda)}
+    device = {"slug": "some-gpu", "name": "some GPU", "kind": "cuda", "arch": "sm_90a"}
+    chosen = [("1x256", {"stages": 1}), ("1x1024", {}), ("8x1024", {"warps": 4}), ("64x64", {"stages": 1})]
+    folder = log_of(tmp_path, *((tasks[name], knobs, 0.5) for name, knobs in chosen), device=device)
+    return definition, TuningRecords(cuda, folder)
+
+
+def test_a_kernel_that_will_see_other_sizes_has_the_knobs_of_all(of_sizes):
+    definition, records = of_sizes
+    tuned = with_record(definition, records, WantedSizes(None, 4096, others=True))
+    assert [(bucket["batch"], bucket["tiles"], knobs) for bucket, knobs in sorted(choices_of(tuned), key=str)] == [
+        (1, 1024, {}), (1, 256, {"stages": 1}), (64, 64, {"stages": 1}), (8, 1024, {"warps": 4}),
+    ]  # fmt: skip
+    assert all(f"{size}" in tuned.attrs[RECORD_ATTR] for size in ("1x8K: stages=1", "8x32K: warps=4", "64x2K"))
+    assert not records.warnings
+    kernel = kernel_for(tuned, records.target)
+    assert kernel.script().count('launch_thread("blockIdx.x"') == 3
+    assert kernel.attrs[RECORD_ATTR] == tuned.attrs[RECORD_ATTR]
+
+
+@pytest.mark.parametrize(
+    ("batch", "tiles"), [(1, {256, 1024}), (2, {256, 1024}), (4, {256, 1024}), (16, {64, 1024}), (64, {64})]
+)
+def test_a_known_number_of_sequences_leaves_those_near_to_it(of_sizes, batch, tiles):
+    definition, records = of_sizes
+    tuned = with_record(definition, records, WantedSizes(batch, 4096, others=True))
+    match = records.lookup(definition, WantedSizes(batch, 4096))
+    found = records.at_other_sizes(definition, match, WantedSizes(batch, 4096))
+    assert {each.entry.record.bucket["tiles"] for each in found} == tiles
+    assert len(choices_of(tuned)) == (len(tiles) if len(tiles) > 1 else 0)
+
+
+def test_one_size_alone_has_one_record(of_sizes):
+    definition, records = of_sizes
+    tuned = with_record(definition, records, WantedSizes(8, 32768))
+    assert choices_of(tuned) == [] and chosen_knobs(tuned) == {"warps": 4}
+
+
+def test_what_the_kernels_of_a_model_need_is_their_callers(of_sizes):
+    """Through all passes: no kernel allocates global memory of its own."""
+    _, records = of_sizes
+    heads, config = replace(HEADS, dtype="float16"), KVCacheConfig.parse("hurwitz3")
+    passes = kv_passes(config, records.target)
+    passes += operator_passes(records.target, records, WantedSizes(None, 4096, others=True))
+    with pass_context(PassHooks()):
+        mod = run_passes(bare_model(heads), passes, records.target)
+    (kernel,) = (func for gvar, func in mod.functions_items() if "attention_decode" in str(gvar.name_hint))
+    assert isinstance(kernel.body, tvm.tirx.IfThenElse)
+    assert kernel.script().count('launch_thread("blockIdx.x"') == 3
+    compile_module(tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")}), records.target)
