@@ -39,6 +39,7 @@ class _Fuse(FunctionRewriter):
         super().__init__(mod)
         self.target = target
         self.kernels = KernelLibrary(self.builder_, target)
+        self.taken: dict[str, bool] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
@@ -63,7 +64,11 @@ class _Fuse(FunctionRewriter):
         return relax.call_tir(fused, [raw, *operands[1:], rotation_k, call.args[1].fields[1]], call.ty_args[0])
 
     def _taken(self, shape: SiteShape) -> bool:
-        return self.target.kind.name != "cuda" or build(shape, self.target) is not None
+        """Whether the target's kernel takes the rotations; layers of one shape are asked about once."""
+        key = repr(shape)
+        if key not in self.taken:
+            self.taken[key] = self.target.kind.name != "cuda" or build(shape, self.target) is not None
+        return self.taken[key]
 
 
 def _structures(shape: SiteShape) -> tuple[tuple[tuple[int, int], ...], ...]:

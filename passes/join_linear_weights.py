@@ -142,5 +142,8 @@ class _Rewriter(LinearRewriter):
             output_dtype=str(one.output.ty.dtype),
         )
         outputs = [site.output for site in group] if product is None else [product]
-        kernel = cuda_linear(spec, self.target).with_attrs(linear_shape(spec).attrs())
-        self.call(kernel, "linear", self.operands(group), outputs)
+
+        def make() -> tvm.tirx.PrimFunc:
+            return cuda_linear(spec, self.target).with_attrs(linear_shape(spec).attrs())
+
+        self.call(self.kernel(spec, make, "linear"), self.operands(group), outputs)

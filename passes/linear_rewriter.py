@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import tvm
 from tvm import relax
@@ -29,6 +29,7 @@ class LinearRewriter(relax.PyExprMutator):
         """The new parameter that holds an old one's weights."""
         self.results: dict[relax.Var, relax.Expr] = {}
         self._emitted: set[Group] = set()
+        self._kernels: dict[Hashable, tvm.ir.GlobalVar] = {}
 
     tile = 0
     """Of the recipes."""
@@ -95,11 +96,14 @@ class LinearRewriter(relax.PyExprMutator):
         operands += [self.visit_expr(site.bias) for site in group if site.bias is not None]
         return operands + [self.visit_expr(site.residual) for site in group if site.residual is not None]
 
-    def call(
-        self, kernel: tvm.tirx.PrimFunc, name: str, operands: Iterable[relax.Expr], outputs: list[relax.Var]
-    ) -> None:
+    def kernel(self, spec: Hashable, make: Callable[[], tvm.tirx.PrimFunc], name: str) -> tvm.ir.GlobalVar:
+        """The kernel of a ``spec``, made once: to compare it with all others takes long, layer by layer."""
+        if spec not in self._kernels:
+            self._kernels[spec] = self.builder_.add_func(make(), name)
+        return self._kernels[spec]
+
+    def call(self, gvar: tvm.ir.GlobalVar, operands: Iterable[relax.Expr], outputs: list[relax.Var]) -> None:
         """Call a kernel whose results take the place of ``outputs``."""
-        gvar = self.builder_.add_func(kernel, name)
         types = [output.ty for output in outputs]
         if len(outputs) == 1:
             self._emit(outputs[0], relax.call_tir(gvar, list(operands), types[0]))

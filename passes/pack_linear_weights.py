@@ -8,6 +8,8 @@ The parameters change: ``weight_recipes`` tells, for each weight of the new func
 
 from __future__ import annotations
 
+from functools import partial
+
 import tvm
 from tvm import relax
 from tvm.target import Target
@@ -83,8 +85,11 @@ class _Rewriter(LinearRewriter):
     def emit_group(self, group: Group) -> None:
         """The vector kernel over packed weights."""
         spec = self._spec(group)
-        kernel = packed_linear(spec, self.registers).with_attrs(linear_shape(spec).attrs())
-        self.call(kernel, "packed_linear", self.operands(group), [site.output for site in group])
+
+        def make() -> tvm.tirx.PrimFunc:
+            return packed_linear(spec, self.registers).with_attrs(linear_shape(spec).attrs())
+
+        self.call(self.kernel(spec, make, "packed_linear"), self.operands(group), [site.output for site in group])
 
     def emit_embedding(self, site: EmbeddingSite) -> None:
         """A lookup in the packed weight."""
@@ -99,4 +104,5 @@ class _Rewriter(LinearRewriter):
             tile=self.tile,
         )
         operands = [self.joined[site.weight], self.visit_expr(site.ids)]
-        self.call(packed_gather(spec), "packed_gather", operands, [site.output])
+        gather = self.kernel(spec, partial(packed_gather, spec), "packed_gather")
+        self.call(gather, operands, [site.output])
