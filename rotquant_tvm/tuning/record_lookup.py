@@ -97,22 +97,23 @@ class TuningRecords:
         return replace(match, knobs=knobs, beside=exact, stale=any(each.stale for each in (match, *exact)))
 
     def at_other_sizes(self, func: tirx.PrimFunc, match: Match, wanted: WantedSizes) -> list[Match]:
-        """``match`` and the records of its log for the very same kernel that other numbers of tokens may want.
+        """``match`` and its device's records of the very same kernel that other numbers of tokens may want.
 
-        Of other numbers of sequences too, where these are not known. ``match`` alone if it is of another kernel.
+        Of other numbers of sequences too, where these are not known; of one size the record that comes first in the
+        order of logs. ``match`` alone if it is of another kernel.
         """
         shape, rule = KernelShape.of(func), rule_of(func, self.target)
         if shape is None or rule is None or not match.exact or match.beside:
             return [match]
-        same = [
-            entry
-            for entry in match.log.entries
-            if entry.record.rule == rule.__name__ and shape.distance(entry.record.shape) == 0
-        ]
-        near = nearest_batches([dict(entry.record.bucket) for entry in same], wanted.batch)
-        found = (self._match((0.0, match.log, entry), func) for entry in same if dict(entry.record.bucket) in near)
-        others = [each for each in found if each is not None and each.entry is not match.entry]
-        return [match, *others]
+        first = {bucket_label(match.entry.record.bucket): (match.log, match.entry)}
+        for log in self.logs:
+            for entry in log.entries if log.slug == match.log.slug else ():
+                if entry.record.rule == rule.__name__ and shape.distance(entry.record.shape) == 0:
+                    first.setdefault(bucket_label(entry.record.bucket), (log, entry))
+        near = nearest_batches([dict(entry.record.bucket) for _, entry in first.values()], wanted.batch)
+        chosen = [(log, entry) for log, entry in first.values() if dict(entry.record.bucket) in near]
+        others = [self._match((0.0, log, entry), func) for log, entry in chosen if entry is not match.entry]
+        return [match, *(each for each in others if each is not None)]
 
     def _match(self, found: tuple[float, TuningLog, LogEntry] | None, func: tirx.PrimFunc) -> Match | None:
         """What was found, for a definition."""

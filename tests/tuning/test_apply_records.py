@@ -161,6 +161,21 @@ def test_a_known_number_of_sequences_leaves_those_near_to_it(of_sizes, batch, ti
     assert len(choices_of(tuned)) == (len(tiles) if len(tiles) > 1 else 0)
 
 
+def test_what_another_log_of_the_device_has_at_other_sizes_counts(of_sizes, log_of, tmp_path):
+    """Of one size the log that comes first; nothing of another device."""
+    definition, records = of_sizes
+    tasks = {(task.bucket["batch"], task.bucket["tiles"]): task for task in tuning_tasks([definition], records.target)}
+    own, device = records.logs[0].device, {"kind": "cuda", "arch": "sm_90a"}
+    mine = log_of(tmp_path / "own", (tasks[1, 256], {"warps": 16}, 0.5), device=own | {"slug": records.logs[0].slug})
+    device |= {"slug": "other-gpu", "name": "other"}
+    log_of(tmp_path / "own", (tasks[64, 64], {"warps": 16}, 0.5), device=device)
+    records._logs = [(0, log) for log in (read_log(mine), records.logs[0], read_log(mine.with_name("other-gpu")))]
+    tuned = with_record(definition, records, WantedSizes(None, 8192, others=True))
+    assert {(bucket["batch"], bucket["tiles"]): knobs for bucket, knobs in choices_of(tuned)} == {
+        (1, 256): {"warps": 16}, (1, 1024): {}, (8, 1024): {"warps": 4}, (64, 64): {"stages": 1},
+    }  # fmt: skip
+
+
 def test_one_size_alone_has_one_record(of_sizes):
     definition, records = of_sizes
     tuned = with_record(definition, records, WantedSizes(8, 32768))
