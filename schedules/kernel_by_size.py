@@ -1,4 +1,4 @@
-"""Several kernels of one definition in one function, which launches the one tuned for sizes nearest to those it is given.
+"""Several kernels of one definition in one function, which launches the one tuned for sizes nearest to its own.
 
 What is best for one sequence may be far from it for sixteen: with knobs tuned at 1 × 8,192, sixteen sequences of 32,768
 tokens took 141 µs on an H200 where the rule's own knobs take 127. A function that is compiled for any number of

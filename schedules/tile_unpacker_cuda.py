@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import tvm.tirx as tir
 from tvm.tirx.script.builder import ir as T
 
-from rotquant_tvm.formats import TOKENS
+from rotquant_tvm.formats import HALF_MAX, TOKENS
 from rotquant_tvm.formats.centre import centre_words
 
-from .cuda_ops import WARP, Registers, f32, float_of, load_words, pack_half2, prmt, scalar, u32
-from .packed_half_cuda import LazyWords, PackedRole, clipped, gain_row, half_pair
+from .cuda_ops import WARP, Registers, f32, half2, load_words, pack_half2, prmt, scalar, u32
+from .packed_half_cuda import LazyWords, PackedRole, gain_row, half_pair
 from .packed_tiles_cuda import PackedTiles
 
 Expr = Any
@@ -67,9 +67,14 @@ class TileUnpacker:
             halves = group(number)
             for half in range(2):
                 i, h = divmod(2 * number + half, self.blocks)
-                values = [self._times(value, gain(h, i)) for value in halves[2 * half : 2 * half + 2]]
-                if centre is not None:
-                    values = [half_pair("add.rn.f16x2", *pair) for pair in zip(values, centre(h), strict=True)]
+                pairs, times = halves[2 * half : 2 * half + 2], gain(h, i)
+                if centre is None:
+                    values = [self._times(pair, times) for pair in pairs]
+                elif times is None:
+                    values = [half_pair("add.rn.f16x2", *each) for each in zip(pairs, centre(h), strict=True)]
+                else:
+                    both = zip(pairs, centre(h), strict=True)
+                    values = [half_pair("fma.rn.f16x2", pair, times, mean) for pair, mean in both]
                 self.place.store_keys(tile, i, h, values)
 
     def _values(self, tile: Expr, group: Callable[[int], list[Expr]], numbers: range, gains: Expr, left: Expr) -> None:
@@ -124,24 +129,34 @@ class TileUnpacker:
         return gain
 
     def _centre(self, tile: Expr) -> Callable[[int], list[Expr]] | None:
-        """``centre(h)``: dims 16h + 4t … of the mean key, in the units of unpacked keys."""
+        """``centre(h)``: dims 16h + 4t … of the mean key, in the units of unpacked keys.
+
+        The scale is the sum of two float16: rounded to one, it would be wrong by as much for all dims, and a score by
+        more than all roundings of single elements move it.
+        """
         if not self.raw.centred:
             return None
         words, known = centre_words(self.head_dim), {}
         start = scalar(self.raw.centre_start + tile * (2 * words))
         scale = Registers(1, "float32")
         load_words(scale, 0, self.raw.shared, [start + (2 * words - 2)], 1, "shared")
-        scale[0] = scale[0] * f32(1 / self.raw.key_factor)
+        most = f32(HALF_MAX / 128)
+        scale[0] = tir.max(tir.min(scale[0] * f32(1 / self.raw.key_factor), most), f32(0) - most)
+        rounded = pack_half2(scale[0], scale[0])
+        rest = scalar(scale[0] - half2(rounded)[0])
+        remainder = pack_half2(rest, rest)
 
         def centre(h: int) -> list[Expr]:
             if h not in known:
                 word = Registers(1)
                 load_words(word, 0, self.raw.shared, [start + (8 * h + 2 * (self.lane % 4))], 1, "shared")
                 bytes_ = scalar(word[0] ^ u32(0x80808080))
-                # A byte under the exponent of 2^23 is a float32 of that size, plus the byte.
-                floats = [float_of(prmt(bytes_, u32(0x4B000000), u32(0x7650 | e))) for e in range(4)]
-                exact = [scalar(clipped((x - f32(2.0**23 + 128)) * scale[0])) for x in floats]
-                known[h] = [pack_half2(*exact[:2]), pack_half2(*exact[2:])]
+                # A byte under the exponent of 1024 is a float16 of that size, plus the byte.
+                raised = [prmt(bytes_, u32(0x64646464), u32(order)) for order in (0x4140, 0x4342)]
+                exact = [half_pair("sub.rn.f16x2", pair, u32(0x64806480)) for pair in raised]
+                large = [half_pair("mul.rn.f16x2", pair, rounded) for pair in exact]
+                both = zip(exact, large, strict=True)
+                known[h] = [half_pair("fma.rn.f16x2", pair, remainder, product) for pair, product in both]
             return known[h]
 
         return centre

@@ -54,6 +54,10 @@ class PrefillBlock(DecodeBlock):
     def call_ptx_add_half(self, args, words, expr) -> None:
         self._two_halves(args, np.add)
 
+    def call_ptx_fma_half(self, args, words, expr) -> None:
+        a, b, c = (self._words(v).reshape(-1, 1).view(np.float16).astype(np.float64) for v in args[1:])
+        self._set(args[0], (a * b + c).astype(np.float16).view(np.uint32)[:, 0])
+
     def call_ptx_ldmatrix(self, args, words, expr) -> None:
         """Also transposed: a lane has two rows of a column instead of two columns of a row."""
         if not any("trans" in word for word in words):
