@@ -31,6 +31,8 @@ from .settings import BatchShape, Settings, count
 TORCH = "torch"
 MOST_PROMPT = 1 << 16
 """Tokens of all sequences together up to which prompts are timed."""
+TRIES = 5
+"""How often a step is tried with fewer sequences, 5 % less each time."""
 
 
 def run(settings: Settings, shape: ModelShape | None = None) -> Report:
@@ -172,17 +174,34 @@ def _capacities(device: BenchmarkDevice, libraries: dict[str, Any], settings: Se
         if not isinstance(library, CompiledLibrary):
             continue
         device.free()
-        shape = BatchShape(largest_batch(library, min(tokens, library.info.max_position), _free_bytes()), tokens)
+        _collect()
+        batch = largest_batch(library, min(tokens, library.info.max_position), _free_bytes())
         settings.progress(f"e2e: largest batch of {count(tokens)}, {name}")
-        tried = _attempt(partial(_one_step, library, shape)) if shape.batch else None
-        result = "no room" if not shape.batch else "ran" if tried is None else failure(tried).note
-        lines.append(f"{count(tokens)} tokens, {name}: {shape.batch} sequences fit by their bytes ({result})")
+        result = _largest_that_runs(batch, partial(_one_step, library, tokens))
+        lines.append(f"{count(tokens)} tokens, {name}: {batch} sequences fit by their bytes ({result})")
     return lines
 
 
-def _one_step(library: CompiledLibrary, shape: BatchShape) -> None:
+def _largest_that_runs(batch: int, step: Callable[[int], None]) -> str:
+    """Try a step of so many sequences, then of fewer: many short ones leave activations less room than they take."""
+    if not batch:
+        return "no room"
+    note = ""
+    for number in range(TRIES):
+        size = batch - batch * number // 20
+        error = _attempt(partial(step, size))
+        if error is None:
+            return "ran" if size == batch else f"{size} ran"
+        note = failure(error).note
+        del error  # it holds the session, whose memory the next one needs
+        _collect()
+    return note
+
+
+def _one_step(library: CompiledLibrary, tokens: int, batch: int) -> None:
     import numpy as np
 
+    shape = BatchShape(batch, tokens)
     tokens = context(library, shape)
     session = library.session(shape.batch, min(shape.tokens, library.info.max_position))
     session.cache.assume(np.full(shape.batch, min(tokens, session.capacity - 1)))

@@ -97,22 +97,24 @@ class TuningRecords:
         return replace(match, knobs=knobs, beside=exact, stale=any(each.stale for each in (match, *exact)))
 
     def at_other_sizes(self, func: tirx.PrimFunc, match: Match, wanted: WantedSizes) -> list[Match]:
-        """``match`` and its device's records of the very same kernel that other numbers of tokens may want.
+        """``match`` and its device's records of the same kernel as its own that other numbers of tokens may want.
 
         Of other numbers of sequences too, where these are not known; of one size the record that comes first in the
-        order of logs. ``match`` alone if it is of another kernel.
+        order of logs.
         """
         shape, rule = KernelShape.of(func), rule_of(func, self.target)
-        if shape is None or rule is None or not match.exact or match.beside:
+        if shape is None or rule is None or match.beside:
             return [match]
+        tuned = match.entry.record.shape
+        far = shape.distance(tuned) or 0.0
         first = {bucket_label(match.entry.record.bucket): (match.log, match.entry)}
         for log in self.logs:
             for entry in log.entries if log.slug == match.log.slug else ():
-                if entry.record.rule == rule.__name__ and shape.distance(entry.record.shape) == 0:
+                if entry.record.rule == rule.__name__ and tuned.distance(entry.record.shape) == 0:
                     first.setdefault(bucket_label(entry.record.bucket), (log, entry))
         near = nearest_batches([dict(entry.record.bucket) for _, entry in first.values()], wanted.batch)
         chosen = [(log, entry) for log, entry in first.values() if dict(entry.record.bucket) in near]
-        others = [self._match((0.0, log, entry), func) for log, entry in chosen if entry is not match.entry]
+        others = [self._match((far, log, entry), func) for log, entry in chosen if entry is not match.entry]
         return [match, *(each for each in others if each is not None)]
 
     def _match(self, found: tuple[float, TuningLog, LogEntry] | None, func: tirx.PrimFunc) -> Match | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -76,3 +79,21 @@ def test_one_failure_is_an_entry(monkeypatch):
         raise error
 
     assert e2e._attempt(fail) is error and e2e._attempt(lambda: 3) == 3
+
+
+def test_fewer_sequences_are_tried_where_activations_do_not_fit(monkeypatch):
+    """What a failed try held is gone before the next one."""
+    monkeypatch.setattr(e2e, "_collect", gc.collect)
+    held = weakref.WeakSet()
+
+    def step(size):
+        assert not held
+        cache = _Library(size)
+        held.add(cache)
+        if size > 92:
+            raise ValueError(f"{size} are too many")
+
+    assert e2e._largest_that_runs(100, step) == "90 ran"
+    assert e2e._largest_that_runs(92, step) == "ran"
+    assert e2e._largest_that_runs(0, step) == "no room"
+    assert "800 are too many" in e2e._largest_that_runs(1000, step)

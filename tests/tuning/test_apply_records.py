@@ -20,7 +20,7 @@ from rotquant_tvm.pass_hooks import PassHooks
 from rotquant_tvm.pipeline import kv_passes, operator_passes, pass_context, run_passes
 from rotquant_tvm.tuning import apply_records
 from rotquant_tvm.tuning.apply_records import ApplyTuningRecords, with_record
-from rotquant_tvm.tuning.bare_model import bare_model
+from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
 from rotquant_tvm.tuning.log_store import read_log, write_log
 from rotquant_tvm.tuning.record_lookup import TuningRecords
 from rotquant_tvm.tuning.shape_buckets import WantedSizes
@@ -174,6 +174,14 @@ def test_what_another_log_of_the_device_has_at_other_sizes_counts(of_sizes, log_
     assert {(bucket["batch"], bucket["tiles"]): knobs for bucket, knobs in choices_of(tuned)} == {
         (1, 256): {"warps": 16}, (1, 1024): {}, (8, 1024): {"warps": 4}, (64, 64): {"stages": 1},
     }  # fmt: skip
+
+
+def test_another_shape_borrows_the_records_of_all_sizes(of_sizes, definitions, cuda):
+    _, records = of_sizes
+    other = definitions("hurwitz3", AttentionHeads(6, 2, 64, "float16"), cuda)["attention_decode"]
+    tuned = with_record(other, records, WantedSizes(None, 4096, others=True))
+    assert len(choices_of(tuned)) == 4 and "tuned for" in tuned.attrs[RECORD_ATTR]
+    assert kernel_for(tuned, cuda).script().count('launch_thread("blockIdx.x"') == 3
 
 
 def test_one_size_alone_has_one_record(of_sizes):
