@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,16 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<s>' + message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '</s>' }}{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """In the background of a shell interrupts are ignored, by what a test starts too."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @cache
