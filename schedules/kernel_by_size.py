@@ -78,6 +78,8 @@ def _least(values: Sequence[Expr]) -> Expr:
 
 def _distance(buckets: Sequence[Mapping[str, int]], sizes: Mapping[str, Expr]) -> Expr:
     """How far sizes are from the nearest of some buckets: the product of how many times they are larger or smaller."""
+    # The blocks of a cache with centres say no more than its tiles do.
+    sizes = {name: size for name, size in sizes.items() if name != "blocks"}
     return _least(
         [
             reduce(operator.mul, [_times(sizes[name], bucket[name]) for name in bucket if name in sizes])

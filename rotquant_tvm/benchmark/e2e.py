@@ -32,7 +32,7 @@ TORCH = "torch"
 MOST_PROMPT = 1 << 16
 """Tokens of all sequences together up to which prompts are timed."""
 TRIES = 5
-"""How often a step is tried with fewer sequences, 5 % less each time."""
+"""How often a step is tried with fewer sequences, 5 % less each time, or one."""
 
 
 def run(settings: Settings, shape: ModelShape | None = None) -> Report:
@@ -188,7 +188,9 @@ def _largest_that_runs(batch: int, step: Callable[[int], None]) -> str:
         return "no room"
     note = ""
     for number in range(TRIES):
-        size = batch - batch * number // 20
+        size = batch - max(number, batch * number // 20)
+        if not size:
+            break
         error = _attempt(partial(step, size))
         if error is None:
             return "ran" if size == batch else f"{size} ran"

@@ -11,7 +11,7 @@ from ..schedules.kernel_by_size import with_choices
 from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR, kernel_for, knob_values, rule_of, with_knobs
 from .model_functions import as_model_function
 from .record_lookup import Match, TuningRecords
-from .shape_buckets import WantedSizes
+from .shape_buckets import WantedSizes, size_names
 
 
 @tvm.transform.module_pass(opt_level=0, name="ApplyTuningRecords")
@@ -76,11 +76,17 @@ def _for_other_sizes(
     """The definition with what all records of its kernel choose; as it is if they choose the same."""
     if records.target.kind.name != "cuda" or model_op(tuned) is not None:
         return tuned
-    matches = records.at_other_sizes(tuned, match, wanted)
+    names = set(size_names(tuned))
+    matches = [each for each in records.at_other_sizes(tuned, match, wanted) if names <= set(each.entry.record.bucket)]
+    if match not in matches:
+        return tuned
     usable = [each for each in matches if each is match or _takes(with_knobs(tuned, each.knobs), each, records.target)]
     chosen = with_choices(tuned, [(dict(each.entry.record.bucket), each.knobs) for each in usable])
     if chosen is tuned:
         return tuned
+    if any(each.stale for each in usable) and not match.stale:
+        operator = match.entry.record.operator
+        records.warnings.append(f"{operator}: the kernel has changed since some records; tune it again with tvmc tune")
     return chosen.with_attr(RECORD_ATTR, "; ".join(each.source for each in usable))
 
 

@@ -106,12 +106,14 @@ class TuningRecords:
         if shape is None or rule is None or match.beside:
             return [match]
         tuned = match.entry.record.shape
-        far = shape.distance(tuned) or 0.0
-        first = {bucket_label(match.entry.record.bucket): (match.log, match.entry)}
+        far = shape.distance(tuned)
+        if far is None:
+            return [match]
+        first = {tuple(sorted(match.entry.record.bucket.items())): (match.log, match.entry)}
         for log in self.logs:
             for entry in log.entries if log.slug == match.log.slug else ():
                 if entry.record.rule == rule.__name__ and tuned.distance(entry.record.shape) == 0:
-                    first.setdefault(bucket_label(entry.record.bucket), (log, entry))
+                    first.setdefault(tuple(sorted(entry.record.bucket.items())), (log, entry))
         near = nearest_batches([dict(entry.record.bucket) for _, entry in first.values()], wanted.batch)
         chosen = [(log, entry) for log, entry in first.values() if dict(entry.record.bucket) in near]
         others = [self._match((far, log, entry), func) for log, entry in chosen if entry is not match.entry]

@@ -149,7 +149,7 @@ def bucket_label(bucket: Mapping[str, int]) -> str:
 
 
 def nearest_batches(buckets: Sequence[Bucket], batch: int | None) -> list[Bucket]:
-    """The buckets that may be nearest to ``batch`` sequences of any length; all of them for None, any number."""
+    """The buckets whose number of sequences is nearest to ``batch``; all of them for None, any number."""
     if batch is None:
         return list(buckets)
     far = [bucket_distance(bucket, {"batch": batch, "n0": batch, "d0": batch}) for bucket in buckets]

@@ -96,4 +96,8 @@ def test_fewer_sequences_are_tried_where_activations_do_not_fit(monkeypatch):
     assert e2e._largest_that_runs(100, step) == "90 ran"
     assert e2e._largest_that_runs(92, step) == "ran"
     assert e2e._largest_that_runs(0, step) == "no room"
+    assert e2e._largest_that_runs(94, step) == "90 ran" and e2e._largest_that_runs(3, step) == "ran"
+    sizes = []
+    e2e._largest_that_runs(3, lambda size: sizes.append(size) or step(93))
+    assert sizes == [3, 2, 1]
     assert "800 are too many" in e2e._largest_that_runs(1000, step)

@@ -11,6 +11,7 @@ from rotquant_tvm.schedules.attention_decode_cuda import attention_decode_cuda, 
 from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
 from rotquant_tvm.schedules.kernel_by_size import choices_of, kernel_by_size, with_choices
 
+from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.codegen import compile_module
 
 from ..ops.cases import Case
@@ -81,3 +82,13 @@ def test_it_compiles_to_a_kernel_for_each():
     kernel = merged(CHOICES).with_attr("global_symbol", "kernel")
     compiled = compile_module(tvm.IRModule({"kernel": kernel}), target)
     assert compiled["kernel"] is not None
+
+
+def test_blocks_of_centres_do_not_count_beside_tiles():
+    """64 sequences of 512 tiles are nearer to 64 of 64 than to 8 of 1,024, with centres as without."""
+    policy = CachePolicy(sinks=4, recent=8, center=64)
+    func = build(shape_of(CASE, policy=policy), target_of("sm_90a"))
+    choices = [({"batch": 64, "tiles": 64, "blocks": 32}, SMALL), ({"batch": 8, "tiles": 1024, "blocks": 512}, LARGE)]
+    kernel = kernel_by_size(func, choices, partial(attention_decode_cuda, target=target_of("sm_90a")))
+    condition = next(each for each in kernel.body.seq if isinstance(each, tvm.tirx.IfThenElse)).condition
+    assert "tiles" in str(condition) and "blocks" not in str(condition)

@@ -184,6 +184,16 @@ def test_another_shape_borrows_the_records_of_all_sizes(of_sizes, definitions, c
     assert kernel_for(tuned, cuda).script().count('launch_thread("blockIdx.x"') == 3
 
 
+@pytest.mark.parametrize("bucket", [{}, {"x": 1}, {"batch": 1}])
+def test_records_that_do_not_name_all_sizes_are_left_out(of_sizes, bucket):
+    definition, records = of_sizes
+    (log,) = [log for log in records.logs if log.slug == "some-gpu"]
+    made = (replace(e, record=replace(e.record, bucket=bucket)) if e.record.knobs else e for e in log.entries)
+    records._logs = [(0, replace(log, entries=type(log.entries)(made)))]
+    tuned = with_record(definition, records, WantedSizes(None, 32768, others=True))
+    assert choices_of(tuned) == [] and kernel_for(tuned, records.target) is not None
+
+
 def test_one_size_alone_has_one_record(of_sizes):
     definition, records = of_sizes
     tuned = with_record(definition, records, WantedSizes(8, 32768))
