@@ -39,7 +39,7 @@ class _Fuse(FunctionRewriter):
         super().__init__(mod)
         self.target = target
         self.kernels = KernelLibrary(self.builder_, target)
-        self.taken: dict[str, bool] = {}
+        self._known: dict[SiteShape, bool] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
@@ -65,10 +65,9 @@ class _Fuse(FunctionRewriter):
 
     def _taken(self, shape: SiteShape) -> bool:
         """Whether the target's kernel takes the rotations; layers of one shape are asked about once."""
-        key = repr(shape)
-        if key not in self.taken:
-            self.taken[key] = self.target.kind.name != "cuda" or build(shape, self.target) is not None
-        return self.taken[key]
+        if shape not in self._known:
+            self._known[shape] = self.target.kind.name != "cuda" or build(shape, self.target) is not None
+        return self._known[shape]
 
 
 def _structures(shape: SiteShape) -> tuple[tuple[tuple[int, int], ...], ...]:

@@ -3,8 +3,8 @@
 A kernel that calls ``wait_for_inputs`` may be launched early: what it does before that call, like reading weights, runs
 beside the end of its predecessor. A kernel that calls ``let_next_start`` tells from when on its successor may do so: as
 soon as all of its blocks have; else that is at its end. All that a kernel writes, and all that it reads of what others
-write, comes after the wait; these reads are spelled as instructions (``ld.global``, never ``ld.global.nc``), which the
-compiler leaves in their place.
+write, comes after the wait (but for hints that no result depends on, read past the L1 cache); these reads are spelled
+as instructions (``ld.global``, never ``ld.global.nc``), which the compiler leaves in their place.
 """
 
 from __future__ import annotations

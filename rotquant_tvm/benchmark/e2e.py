@@ -12,7 +12,7 @@ from rotquant_tvm.runtime import CompiledLibrary
 
 from .contender import failure
 from .decode import F16
-from .device import BenchmarkDevice, open_device
+from .device import open_device
 from .e2e_model import BenchmarkModel, ModelShape
 from .e2e_step import (
     FREE_BYTES,
@@ -54,7 +54,7 @@ def run(settings: Settings, shape: ModelShape | None = None) -> Report:
         device.free()
     report.notes.append(f"{model.shape.name}: {model.weight_bytes / 1e9:.2f} GB of weights, random")
     for tokens in sorted({case.tokens for case in settings.shapes}):
-        report.notes += _capacities(device, libraries, settings, tokens)
+        report.notes += _capacities(libraries, settings, tokens)
     return report
 
 
@@ -167,13 +167,12 @@ def _torch_prefill(model: BenchmarkModel, shape: BatchShape, samples: int) -> fl
     return statistics.median(timed(lambda: ours.prefill(ids)) for _ in range(samples))
 
 
-def _capacities(device: BenchmarkDevice, libraries: dict[str, Any], settings: Settings, tokens: int) -> list[str]:
+def _capacities(libraries: dict[str, Any], settings: Settings, tokens: int) -> list[str]:
     """How many sequences of a length fit with each cache: computed from the bytes, and tried with a decode step."""
     lines = []
     for name, library in libraries.items():
         if not isinstance(library, CompiledLibrary):
             continue
-        device.free()
         _collect()
         batch = largest_batch(library, min(tokens, library.info.max_position), _free_bytes())
         settings.progress(f"e2e: largest batch of {count(tokens)}, {name}")
