@@ -26,6 +26,7 @@ from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 from .cuda_ops import WARP, block_sync, i32, scalar, shared_array
 from .cuda_target import dynamic_shared_memory, has_bulk_copies, multiprocessors
 from .decode_knobs_cuda import KNOBS as KNOBS
+from .decode_knobs_cuda import PROMISING as PROMISING
 from .decode_knobs_cuda import RESERVED, default_knobs
 from .decode_output_cuda import DecodeOutput
 from .decode_place_cuda import DecodePlace
@@ -35,7 +36,7 @@ from .dependent_launch_cuda import let_next_start, starts_early
 from .knobs import chosen_knobs
 from .merge_splits_cuda import Partials
 from .packed_stream_cuda import PackedStream, Share, integer
-from .plain_rows_cuda import ROWS, PlainRows, PlainShare
+from .plain_rows_cuda import PlainRows, PlainShare
 from .query_rotation_cuda import SharedRows, few_taps
 from .tile_centres_cuda import COLUMNS, FEW_COLUMNS, TileCentres
 from .tile_ring_cuda import TileRing
@@ -44,8 +45,6 @@ from .trellis_tables_cuda import TrellisTables, is_trellis
 Expr = Any
 FORMATS = ("lloyd", "half", "linear", "trellis")
 ARRIVALS = 1 << 16
-TURNS = 3
-"""Warps of a block with 16-bit rows that have any, where the segments are full."""
 ENOUGH = 48 * 1024
 """Bytes on their way to a multiprocessor, beyond which more of them only wait."""
 
@@ -83,6 +82,7 @@ class _Kernel:
         self.layout = TileLayout(self.codecs[0].format, self.codecs[1].format, shape.head_dim)
         self.warps, self.blocks = knobs["warps"], knobs["blocks"]
         self.least, self.most, self.multiprocessors = knobs["least"], knobs["splits"], multiprocessors(target)
+        self.apart = knobs["apart"]
         # A choice of warps alone is not held to the registers of the rule's own.
         self.resident = knobs["resident"] if "warps" not in chosen or "resident" in chosen else 0
         self.head_blocks = -(-shape.group // 8)
@@ -156,14 +156,10 @@ class _Kernel:
         return shape.attach(builder.get())
 
     def _row_blocks(self, splits: Expr) -> Expr:
-        """Blocks more per stream for the rows in 16 bits: as many as give a few warps of each one turn, if all fit.
-
-        Else the warps that have rows besides their tiles are the last to end, and so would be a single block that had
-        all of a stream's rows (10.4 µs became 11.4 at 1 × 8,192).
-        """
-        if not self.policy.segmented:
+        """Blocks more per stream for the rows in 16 bits, if all fit; else warps have rows besides their tiles."""
+        if not self.policy.segmented or not self.apart:
             return tir.const(0, "int64")
-        wanted = tir.const(-(-self.policy.slots // (TURNS * ROWS)), "int64")
+        wanted = tir.const(self.apart, "int64")
         fit = self.batch * self.streams * (splits + wanted) <= self.blocks
         return tir.Select(tir.And(splits > 1, fit), wanted, tir.const(0, "int64"))
 

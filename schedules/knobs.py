@@ -78,6 +78,11 @@ def knob_values(rule: Callable[..., Any], bucket: Mapping[str, int] | None = Non
     return {name: tuple(int(value) for value in values[name]) for name in names}
 
 
+def promising(rule: Callable[..., Any]) -> tuple[Knobs, ...]:
+    """The choices that a search for a rule's knobs does well to try first (``PROMISING`` of its module), or none."""
+    return tuple(dict(choice) for choice in getattr(sys.modules[rule.__module__], "PROMISING", ()))
+
+
 def knobs_at(rule: Callable[..., Any]) -> Callable[[Mapping[str, int]], tuple[str, ...]] | None:
     """The function that tells which knobs matter at which sizes, for rules that have one."""
     return getattr(sys.modules[rule.__module__], "knobs_at", None)

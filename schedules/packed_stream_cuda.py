@@ -79,7 +79,6 @@ class PackedStream:
         self._tiles = scalar(i32(cache.shape[2])) if self.wraps else None
         self._source = lambda number, word: cache.ptr_to([*where, self._place(share, number), word])
 
-
         def exists(number: Any) -> Expr:
             return (share.first + number * share.step) * TOKENS < share.packed
 

@@ -20,13 +20,15 @@ DIGITS = 16
 SCHEDULES = "rotquant_tvm.schedules"
 _REGISTRIES = ("knobs", "model_kernels", "gpu_kv_kernels", "vector_kv_kernels")
 """Modules that know all rules and lay out nothing: through them every rule would count for every other."""
+_SPACES = ("KNOBS", "PROMISING")
+"""What tells a search what to choose from."""
 
 
 def kernel_hash(rule: Callable[..., Any]) -> str:
     """Hash what lays out a rule's kernels: its module, the schedules that this one imports, and the tile's layout.
 
-    Comments, docstrings, blank lines and the values in ``KNOBS`` do not count, nor do modules outside ``schedules``
-    and the lists of rules.
+    Comments, docstrings, blank lines, the values in ``KNOBS`` and the choices in ``PROMISING`` do not count, nor do
+    modules outside ``schedules`` and the lists of rules.
     """
     return _module_hash(rule.__module__)
 
@@ -96,6 +98,6 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 def _is_space(statement: ast.stmt) -> bool:
-    """Whether a statement says which values knobs may have: more of them make no other kernel."""
+    """Whether a statement says which values knobs may have, or which come first: these make no other kernel."""
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-    return any(isinstance(target, ast.Name) and target.id == "KNOBS" for target in targets)
+    return any(isinstance(target, ast.Name) and target.id in _SPACES for target in targets)

@@ -1,4 +1,6 @@
-"""The order in which a task's knobs are tried: the rule's own, some at random, then neighbours of the best.
+"""The order in which a task's knobs are tried: the rule's own, promising ones, then neighbours of the best.
+
+Where nothing is known to be promising, some at random come before the neighbours.
 
 Spaces are small. Choices that a rule declines, or that give a kernel which has been measured already, cost no trial.
 """
@@ -24,7 +26,7 @@ from .trials import trials_of
 from .tuning_task import TuningTask, without_choice
 
 _RANDOM_SHARE = 0.6
-"""Of a task's trials."""
+"""Of a task's trials, where nothing is promising."""
 
 
 @dataclass
@@ -99,8 +101,11 @@ class KnobSearch:
         assert self._order is not None
         if () not in self.seconds and self._is_new({}):
             yield {}
-        tried = len(self.seconds)
-        if tried >= 1 + _RANDOM_SHARE * (self.trials - 1):
+        first = self.task.promising
+        for knobs in first:
+            if _key(knobs) not in self.seconds and self._is_new(knobs):
+                yield knobs
+        if first or len(self.seconds) >= 1 + _RANDOM_SHARE * (self.trials - 1):
             for knobs in self._neighbours():
                 if _key(knobs) not in self.seconds and self._is_new(knobs):
                     yield knobs

@@ -18,7 +18,7 @@ from tvm.target import Target
 
 from ..benchmark.settings import BatchShape
 from ..schedules.kernel_by_size import SIZES_ATTR
-from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR, kernel_for, knob_values, rule_of
+from ..schedules.knobs import KNOBS_ATTR, RECORD_ATTR, Knobs, kernel_for, knob_values, promising, rule_of
 from ..schedules.model_kernels import LOOPS
 from .arguments import Measurement, Parameter, measurable
 from .kernel_hash import kernel_hash
@@ -68,6 +68,12 @@ class TuningTask:
         """The values that each knob may have that matters at the bucket."""
         rule = rule_of(self.definition, self.target)
         return knob_values(rule, self.bucket) if rule is not None else {}
+
+    @cached_property
+    def promising(self) -> tuple[Knobs, ...]:
+        """The choices of these knobs to try first."""
+        rule = rule_of(self.definition, self.target)
+        return () if rule is None else tuple(choice for choice in promising(rule) if choice.keys() == self.knobs.keys())
 
     @cached_property
     def workload(self) -> IRModule:

@@ -173,15 +173,15 @@ def test_segments(rng, case, policy, window):
 
 
 @pytest.mark.parametrize(
-    ("turns", "blocks", "expected"),
-    [(3, 63, 7), (3, 62, 4), pytest.param(9, 45, 5, marks=pytest.mark.full)],
-    ids=["three", "shared", "one"],
+    ("apart", "blocks", "expected"),
+    [(3, 63, 7), (3, 62, 4), *(pytest.param(*found, marks=pytest.mark.full) for found in ((1, 45, 5), (0, 63, 4)))],
+    ids=["three", "no_room", "one", "shared"],
 )
 @pytest.mark.parametrize("window", [None, pytest.param(50, marks=pytest.mark.full)])
-def test_rows_in_blocks_of_their_own(rng, monkeypatch, window, turns, blocks, expected):
+def test_rows_in_blocks_of_their_own(rng, window, apart, blocks, expected):
     """Nine streams of four blocks with tiles: others have the rows in 16 bits, if they can run beside them."""
-    monkeypatch.setattr(attention_decode_cuda, "TURNS", turns)
-    assert check_segments(rng, *SEGMENTED[1], window, {"warps": 2, "least": 1}, blocks=blocks) == expected
+    knobs = {"warps": 2, "least": 1, "apart": apart}
+    assert check_segments(rng, *SEGMENTED[1], window, knobs, blocks=blocks) == expected
 
 
 @pytest.mark.parametrize(

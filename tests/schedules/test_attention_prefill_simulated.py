@@ -47,7 +47,7 @@ def simulate(problem, knobs=None):
     kernel = prefill_kernel(problem.shape, target_of("sm_90a"), **(knobs or {}))
     output = np.full_like(problem.arguments[0], np.nan)
     PrefillGPU(kernel)(*problem.arguments, output)
-    check_output(output, problem.wanted)
+    check_output(output, problem.wanted, problem.explain)
     assert (output[(problem.wanted == 0).all(axis=(2, 3))] == 0).all()
 
 

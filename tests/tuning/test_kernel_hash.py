@@ -15,6 +15,7 @@ SOURCE = '''
 KNOBS = {"a": (1,
                2)}
 """What a may be."""
+PROMISING = ({"a": 2},)
 LIMIT: int = 3
 
 

@@ -59,6 +59,16 @@ def test_the_rule_comes_first_and_nothing_twice(searching, trials):
     assert all(set(knobs) == set(SPACE) and all(v in SPACE[n] for n, v in knobs.items()) for knobs in asked[1:])
 
 
+def test_promising_choices_come_next_and_then_neighbours_of_the_best(searching, monkeypatch):
+    first = ({"a": 1, "b": 0, "c": 5}, {"a": 4, "b": 2, "c": 5}, {"a": 16, "b": 3, "c": 5})
+    monkeypatch.setattr(FakeTask, "promising", first, raising=False)
+    asked = run(searching(8), valley, batch=1)
+    assert asked[:4] == [{}, *first]
+    assert {"a": 8, "b": 2, "c": 5} in asked[4:]
+    for number, knobs in enumerate(asked[4:], 4):  # each is a step from one before
+        assert any(sum(knobs[name] != other[name] for name in SPACE) == 1 for other in asked[1:number])
+
+
 def test_choices_that_a_rule_declines_cost_no_trial(searching):
     asked = run(searching(16, declined=lambda knobs: knobs.get("a", 0) > 2), valley)
     assert len(asked) == 1 + 2 * 4 and all(knobs["a"] <= 2 for knobs in asked[1:])
