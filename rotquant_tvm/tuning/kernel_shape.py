@@ -86,6 +86,8 @@ class KernelShape:
         words.append(",".join(f"{block}x{stride}" for block, stride in found.get("structure", ())))
         words += [name if found[name] is True else f"{name}={found[name]}" for name in _EXTRAS if found.get(name)]
         words += ["rotates rows"] if "rotations" in found else []
+        # The others of a chunk's operators have names of their own, or are the same for a single token.
+        words += ["chunk"] if self.operator == "flush" and found.get("chunk") else []
         return " ".join(filter(None, words))
 
     def distance(self, other: KernelShape) -> float | None:

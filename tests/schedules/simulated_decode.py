@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from .simulated_gpu import SPECIAL, WARP, dtype_of
-from .simulated_tensor_cores import RING, TensorCoreBlock, TensorCoreGPU
+from .simulated_tensor_cores import APART, RING, TensorCoreBlock, TensorCoreGPU
 
 
 class DecodeGPU(TensorCoreGPU):
@@ -90,9 +90,11 @@ class DecodeBlock(TensorCoreBlock):
         if dtype_of(address) != "uint32":
             super().call_ptx_ld(args, words, expr)
             return
-        ((buffer, memory),) = self.shared.items()
         unit = np.dtype(f"u{int(words[-1][1:]) // 8}")
         (target,), place = targets, self.value(address).astype(np.int64) - RING
+        (number,) = set(place[self.active] // APART)
+        buffer, memory = list(self.shared.items())[number]
+        place -= number * APART
         assert (place[self.active] % unit.itemsize == 0).all(), f"{buffer}: an unaligned access"
         units = memory.view(unit)
         loaded = units[self._checked(place // unit.itemsize, len(units), buffer)]

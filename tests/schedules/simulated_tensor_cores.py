@@ -19,6 +19,8 @@ ROW_BYTES = 128
 """Bytes of a row of an operand that a warpgroup's tensor cores read."""
 RING = 64
 """Where dynamic shared memory begins, in bytes: no more than that is promised."""
+APART = 1 << 20
+"""Bytes from one array in shared memory to the next."""
 
 
 class TensorCoreGPU(SimulatedGPU):
@@ -133,7 +135,8 @@ class TensorCoreBlock(simulated_gpu._Block):
 
     def call_cuda_cvta_generic_to_shared(self, args, words, expr):
         buffer, at = self._address(args[0])
-        return (RING + at * np.dtype(dtype_of(buffer)).itemsize).astype(np.uint32)
+        first = RING + list(self.shared).index(buffer) * APART
+        return (first + at * np.dtype(dtype_of(buffer)).itemsize).astype(np.uint32)
 
     def call_ptx_wgmma_f16_ss(self, args, words, expr) -> None:
         *sums, a, b, scale, _, _, _, _ = args

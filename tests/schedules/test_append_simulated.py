@@ -17,6 +17,7 @@ from .simulated_append import append_on_few_multiprocessors
 from .test_append_cuda import shape_of
 
 CASES = [Case("f16", 64, 2, 1), Case("hurwitz3", 64, 2, 2)]
+ROTATED = [Case("hurwitz3", 64, 2, 2), Case("iso4/planar2", 80, 2, 2)]
 CHUNKS = ([70, 0, 1], [33, 130, 0], [1, 1, 1], [1, 2, 190])
 
 
@@ -41,6 +42,22 @@ def test_many_tiles_take_fewer_warps(rng, new):
     with patch.multiple(append_cuda, WARPS_OF_MANY=2, TILES_OF_MANY=1):
         after = append_on_few_multiprocessors(shape_of(case), case.codecs, cache, (k, v), before, new)
     check_append(case, cache, after, (k, v), before, new)
+
+
+@pytest.mark.parametrize("case", sampled(ROTATED, ROTATED[:1]), ids=str)
+def test_one_token_each(rng, case):
+    """Tiles are asked for before the lengths are known for sure: also beyond the last one, and where nothing is new."""
+    before, new = [0, 31, 32, 95, 96, 500, 40, 0], [1, 1, 1, 1, 1, 1, 0, 0]
+    cache, k, v = random_step(rng, case, new, "float16")
+    after = append_on_few_multiprocessors(shape_of(case), case.codecs, cache, (k, v), before, new)
+    check_append(case, cache, after, (k, v), before, new)
+
+
+def test_one_token_finds_no_place_in_a_cache_without_tiles(rng):
+    case, counts = Case("hurwitz3", 64, 2, 2), [1, 1]
+    cache, k, v = random_step(rng, case, counts, "float16")
+    nothing = cache[:, :, :0]
+    assert append_on_few_multiprocessors(shape_of(case), case.codecs, nothing, (k, v), [0, 31], counts).size == 0
 
 
 class SimulatedRing(RingedCache):

@@ -97,3 +97,10 @@ def test_a_property_that_older_records_lack_is_off_in_them(shape_of):
 
 def test_labels(shape_of):
     assert shape_of(kv_cache="hurwitz3/f16,sinks=4").label == "hurwitz3/f16 4/2x64 float32 sinks=4"
+
+
+def test_the_flushes_of_a_chunk_and_of_a_step_have_different_labels():
+    properties = {"k": "hurwitz3", "v": "hurwitz3", "head_dim": 64, "dtype": "float16", "policy": "recent=8"}
+    chunk, step = (KernelShape("flush", properties | {"chunk": chunk}) for chunk in (True, False))
+    assert (chunk.label, step.label) == ("hurwitz3 64 float16 recent=8 chunk", "hurwitz3 64 float16 recent=8")
+    assert KernelShape("attention_prefill", properties | {"chunk": True}).label == step.label
