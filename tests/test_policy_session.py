@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import rotquant_tvm
-from rotquant_tvm.errors import ArtifactError, KVCacheFull
+from rotquant_tvm.errors import ArtifactError, KVCacheFull, UsageError
 from rotquant_tvm.runtime import KVCacheInfo
 
 from .decoded_cache import check as check_decoded
@@ -214,6 +214,22 @@ def test_a_saved_session_is_taken_up_where_it_was(tmp_path, capacity):
     first = [parent.decode(column) for column in others.T]
     np.testing.assert_array_equal([child.decode(column) for column in others.T], first)
     check_counts(child, [85, 85], [64, 64])
+
+
+def test_a_cropped_session_is_taken_up_where_its_tiles_fit(tmp_path):
+    """67 of the tokens left are in tiles of three blocks; a cache for 70 tokens has fewer, and the rest in 16 bits."""
+    parent, _ = fed(tokens(8, 2, 150), 150, batch=2)
+    parent.crop(70)
+    check_counts(parent, [70, 70], [67, 67])
+    parent.save(tmp_path / "prefix.kv")
+    least = 3 * BLOCK + SINKS + RECENT
+    for capacity in (70, least - 1):
+        with pytest.raises(UsageError, match=f"holds 70 tokens.*{least}; the capacity is {capacity}, use {least} or"):
+            library().restore(tmp_path / "prefix.kv", capacity)
+    child, others = library().restore(tmp_path / "prefix.kv", least), tokens(9, 2, 20)
+    assert library().restore(tmp_path / "prefix.kv").capacity == CAPACITY
+    expected = [parent.decode(column) for column in others.T]
+    np.testing.assert_array_equal([child.decode(column) for column in others.T], expected)
 
 
 def test_counts_that_no_policy_gives_are_refused(tmp_path):

@@ -151,6 +151,7 @@ Artifact ReadArtifact(const std::string& folder) {
     artifact.eos_tokens.insert(token.cast<int64_t>());
   }
   json::Object info = Entry<json::Object>(manifest, "kv_cache_info", where);
+  artifact.vocab_size = Entry<int64_t>(info, "vocab_size", where);
   for (const ffi::Any& name : Entry<json::Array>(info, "weights", where)) {
     artifact.weight_names.emplace_back(std::string(name.cast<ffi::String>()));
   }

@@ -20,6 +20,7 @@ struct Artifact {
   DLDevice device;                             // the kind that the library was compiled for, number 0
   std::set<int64_t> eos_tokens;                // each ends a generation
   int64_t default_capacity;                    // tokens per sequence
+  int64_t vocab_size;                          // ids of tokens are below
   std::vector<std::string> weight_names;       // in the order in which the library takes them
 };
 

@@ -41,6 +41,7 @@ size_t Bytes(const ffi::Tensor& tensor) {
 Session::Session(const Artifact& artifact, int64_t capacity)
     : device_(artifact.device),
       capacity_(capacity),
+      vocab_size_(artifact.vocab_size),
       library_(LoadLibrary(artifact)),
       machine_(StartMachine(library_, artifact.device)),
       prefill_(Required(machine_, "prefill")),
@@ -55,6 +56,7 @@ Session::Session(const Artifact& artifact, int64_t capacity)
 
 std::vector<float> Session::Prefill(const std::vector<int32_t>& ids) {
   if (ids.empty()) throw std::runtime_error("prefill was given no token");
+  for (int32_t id : ids) CheckToken(id);
   CheckRoom(static_cast<int64_t>(ids.size()));
   std::vector<float> logits;
   for (size_t begin = 0; begin < ids.size(); begin += kChunk) {
@@ -67,6 +69,7 @@ std::vector<float> Session::Prefill(const std::vector<int32_t>& ids) {
 }
 
 std::vector<float> Session::Decode(int32_t id) {
+  CheckToken(id);
   CheckRoom(1);
   std::vector<float> logits = Call(decode_, {Place({id}, {1, 1})});
   ++length_;
@@ -90,6 +93,13 @@ std::vector<float> Session::Call(const ffi::Function& function, const std::vecto
   static const ffi::Function copy = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyToBytes");
   copy(logits, static_cast<void*>(values.data()), values.size() * sizeof(float));
   return values;
+}
+
+void Session::CheckToken(int32_t id) const {
+  if (id < 0 || id >= vocab_size_) {
+    throw std::runtime_error("token id " + std::to_string(id) + " is outside the vocabulary (0 to " +
+                             std::to_string(vocab_size_ - 1) + ")");
+  }
 }
 
 void Session::CheckRoom(int64_t more) const {

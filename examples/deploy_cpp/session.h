@@ -35,10 +35,11 @@ class Session {
  private:
   tvm::ffi::Tensor Place(const std::vector<int32_t>& values, const std::vector<int64_t>& shape) const;
   std::vector<float> Call(const tvm::ffi::Function& function, const std::vector<tvm::ffi::Tensor>& inputs);
+  void CheckToken(int32_t id) const;
   void CheckRoom(int64_t more) const;
 
   DLDevice device_;
-  int64_t capacity_;
+  int64_t capacity_, vocab_size_;
   int64_t length_ = 0;
   size_t cache_bytes_ = 0;
   tvm::ffi::Module library_, machine_;

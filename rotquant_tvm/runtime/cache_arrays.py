@@ -84,11 +84,7 @@ class CacheArrays:
     @property
     def tokens_in_use(self) -> int:
         """The capacity, at least 1, of a cache that what is held fits: a crop may have left more blocks begun."""
-        block = self.policy.block
-        begun = -(-self._packed // block) * block + (self.policy.sinks + self.policy.recent)
-        blocks: list[int] = begun[self._packed > 0].tolist() if self.policy.segmented else []
-        lengths: list[int] = self._lengths.tolist()
-        return max(1, *lengths, *blocks)
+        return capacity_for(self.policy, self._lengths, self._packed)
 
     @property
     def nbytes(self) -> int:
@@ -204,6 +200,19 @@ class CacheArrays:
         cache = CacheArrays(tensors, self.device, self.policy, self._written.rings)
         cache._written = self._written.select(order)
         return cache
+
+
+def capacity_for(policy: CachePolicy, lengths: np.ndarray, packed: np.ndarray) -> int:
+    """The least capacity of a cache whose sequences have ``lengths`` and so many ``packed`` tokens, int [batch] each.
+
+    It may be more than the longest sequence: tokens that were packed stay in their tiles when others are cropped.
+    """
+    blocks: list[int] = []
+    if policy.segmented:
+        begun = -(-packed // policy.block) * policy.block + (policy.sinks + policy.recent)
+        blocks = begun[packed > 0].tolist()
+    held: list[int] = lengths.tolist()
+    return max(1, *held, *blocks)
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -23,7 +23,7 @@ from tvm.runtime import Tensor
 from rotquant_tvm.cache_policy import CachePolicy
 from rotquant_tvm.durable import replace_file
 from rotquant_tvm.errors import ArtifactError
-from rotquant_tvm.runtime.cache_arrays import CacheArrays
+from rotquant_tvm.runtime.cache_arrays import CacheArrays, capacity_for
 from rotquant_tvm.staging import staging_folder, write_error
 
 FORMAT, VERSION = "rotquant-tvm-cache", 1
@@ -93,6 +93,10 @@ class CacheFile:
         """Tokens of the longest sequence."""
         return int(self.counts[-1].max())
 
+    def least_capacity(self, policy: CachePolicy) -> int:
+        """The capacity, in tokens per sequence, that a cache with this policy needs to take everything."""
+        return capacity_for(policy, self.counts[-1], self.counts[0])
+
     def layers(self) -> Iterator[np.ndarray]:
         """Yield the layers' arrays, one in memory at a time; raises ArtifactError for a damaged one."""
         with safe_open(self.path, framework="np") as stored:
@@ -100,7 +104,7 @@ class CacheFile:
                 yield _array(stored, name, self.checksums, self.path)
 
     def fill(self, cache: CacheArrays) -> None:
-        """Put everything into an empty ``cache`` of the library, of this batch and at least ``longest`` tokens.
+        """Put everything into an empty ``cache`` of the library, of this batch and at least ``least_capacity``.
 
         Raises ArtifactError if an array is damaged or does not fit.
         """

@@ -34,7 +34,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         stop_strings(self.stop)
         limit = self.max_tokens
-        if limit is not None and (not isinstance(limit, int | np.integer) or limit < 1):
+        number = isinstance(limit, int | np.integer) and not isinstance(limit, bool)
+        if limit is not None and (not number or limit < 1):
             raise UsageError(f"max_tokens is {limit!r}, expected 1 or more, or None for all that fit")
 
 

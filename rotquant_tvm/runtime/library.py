@@ -91,15 +91,20 @@ class CompiledLibrary:
     ) -> Session:
         """Start a session that holds what ``Session.save`` wrote to ``path``.
 
-        ``capacity``: tokens per sequence, by default the artifact's or, if that is more, those of the longest sequence;
-        ``chunk`` as of ``session``. Raises ArtifactError for a damaged file or one of another library, DeviceError if
-        the host has no room for a layer, and what ``session`` raises.
+        ``capacity``: tokens per sequence, by default the artifact's or, if that is more, what the file needs: the
+        longest sequence's tokens or, after a crop, up to a block more; ``chunk`` as of ``session``. Raises ArtifactError
+        for a damaged file or one of another library, DeviceError if the host has no room for a layer, UsageError for
+        too small a capacity, and what ``session`` raises.
         """
         try:
             stored = read_cache_file(path, self.identity)
-            capacity = max(self.default_capacity, stored.longest) if capacity is None else capacity
-            if stored.longest > capacity:
-                raise UsageError(f"{path} holds {stored.longest} tokens and the capacity is {capacity}; use more")
+            needed = stored.least_capacity(self.info.policy)
+            capacity = max(self.default_capacity, needed) if capacity is None else capacity
+            if needed > capacity:
+                kept = "" if needed == stored.longest else f", and tiles of tokens cropped since, which need {needed}"
+                raise UsageError(
+                    f"{path} holds {stored.longest} tokens{kept}; the capacity is {capacity}, use {needed} or more"
+                )
             session = self.session(stored.batch, capacity, chunk)
             stored.fill(session.cache)
         except MemoryError as error:

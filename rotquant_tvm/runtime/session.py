@@ -115,9 +115,9 @@ class Session:
         if values.shape not in ((self.batch,), (self.batch, 1)):
             raise UsageError(f"decode takes ids of shape [{self.batch}], not {list(values.shape)}")
         tokens = token_row(values.reshape(-1), self.info.vocab_size)[:, None]
-        taking = np.ones(self.batch, bool) if active is None else np.asarray(active, bool)
-        if taking.shape != (self.batch,) or not taking.any():
-            raise UsageError(f"active needs {self.batch} entries, at least one of them true")
+        taking = np.ones(self.batch, bool) if active is None else np.asarray(active)
+        if taking.dtype != bool or taking.shape != (self.batch,) or not taking.any():
+            raise UsageError(f"active needs {self.batch} truth values, at least one of them true")
         lengths = self.lengths
         self.check_room(lengths + taking)
         with self._unchanged_on_error():

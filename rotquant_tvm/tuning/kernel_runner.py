@@ -29,7 +29,8 @@ _OPENING_SECONDS = 300.0
 class MeasuringProcess:
     """A process that measures, one candidate after the other; it is replaced when a candidate fails in it.
 
-    ``folder``: where the process keeps results to compare. ``remote``: the machine to measure on instead.
+    ``folder``: where the process keeps results to compare. ``remote``: the machine to measure on instead. ``lost``: why
+    nothing can be measured there any more, which is no fault of a candidate's.
     """
 
     target: tvm.target.Target
@@ -38,6 +39,7 @@ class MeasuringProcess:
     timeout: float
     remote: RemoteDevice | None = None
     roofline: Roofline = field(default_factory=Roofline)
+    lost: DeviceError | None = None
 
     def __post_init__(self) -> None:
         self._worker = WorkerProcess()
@@ -58,6 +60,8 @@ class MeasuringProcess:
         Processes that measure on the same device take turns, so that several tasks can be tuned at once; waiting does
         not count.
         """
+        if self.lost is not None:
+            raise DeviceError(str(self.lost))
         self.open()
         call, seconds, folder = self._worker.call, self.timeout, str(self.folder)
         try:
@@ -67,6 +71,10 @@ class MeasuringProcess:
                 return call(  # type: ignore[no-any-return]
                     seconds, measure_candidate, self.target, folder, library, args_info, self.timing
                 )
+        except DeviceError:
+            if self.remote is not None and not self._worker.closed:
+                self.lost = self.remote.lost()
+            raise
         finally:
             self._open = self._worker.alive
 

@@ -23,6 +23,8 @@ _TARGET = frozenset(
 )
 _LONGEST_TEXT = 1000
 _DEEPEST = 6
+_DIGITS = 300
+"""Of an integer that a float can hold."""
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
 
@@ -52,10 +54,11 @@ def read_text(path: Path) -> str:
 def parse(text: str, name: str) -> Any:
     """Parse one JSON document. Raises MalformedLogError for one that is nested too deeply, or none.
 
-    NaN and infinities are not JSON, nor are numbers that no float can hold, nor characters that a terminal would obey.
+    NaN and infinities are not JSON, nor are numbers that no float can hold, integers among them, nor characters that a
+    terminal would obey.
     """
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite, strict=True)
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integral, strict=True)
     except RecursionError as error:
         raise MalformedLogError(f"{name} is nested too deeply") from error
     except ValueError as error:
@@ -71,6 +74,12 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is out of range")
     return value
+
+
+def _integral(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"{text[:20]}… is out of range")
+    return int(text)
 
 
 def _positive(value: Any) -> bool:

@@ -75,6 +75,19 @@ class RemoteDevice:
             known = f"it has {', '.join(keys)}" if keys else "it has no server at all"
             raise DeviceError(f"the RPC tracker at {where} has no server of the key '{self.key}'; {known}")
 
+    def lost(self) -> DeviceError | None:
+        """Why there is no server any more, after a moment for it to come back; None if there is one."""
+        found = None
+        for _ in range(_SESSIONS):
+            try:
+                self.check()
+            except DeviceError as error:
+                found = error
+                time.sleep(_PAUSE_SECONDS)
+            else:
+                return None
+        return found
+
     def device_name(self) -> str:
         """What the remote GPU is called, or the remote CPU's kind."""
         device = self.session().device(_device_type(self.kind), 0)

@@ -13,6 +13,7 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.tune import tune_tasks
 
+from ..errors import DeviceError
 from .kernel_builder import KernelBuilder
 from .kernel_runner import KernelRunner, MeasuringProcess
 from .knob_search import KnobSearch, KnobStrategy
@@ -131,13 +132,19 @@ class SearchRun:
     def store(self, search: KnobSearch, candidates: Any, builds: Any, runs: Any) -> None:
         """Take in a batch, unless the run was stopped while it was under way.
 
-        An error is kept for ``run``: the scheduler would make another one of it.
+        An error is kept for ``run``: the scheduler would make another one of it. If the device is lost, what failed is
+        not held against the candidates.
         """
         if self.stopped:
             return
+        lost = self.process.lost
         try:
             for candidate, built, run in zip(candidates, builds, runs, strict=True):
-                self._store(search, candidate, built.error_msg or run.error_msg, run.run_secs)
+                message = built.error_msg or run.error_msg
+                if lost is None or not message:
+                    self._store(search, candidate, message, run.run_secs)
+            if lost is not None:
+                raise DeviceError(f"{lost}; what was measured is kept, and the same command goes on")
         except Exception as error:
             self.error, self.stopped = error, True
             for each in self.searches:

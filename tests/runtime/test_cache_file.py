@@ -81,7 +81,7 @@ def test_a_library_with_other_weights_does_not(write, fake_model, saved, tmp_pat
 
 
 def test_too_small_a_capacity_is_refused(library, saved):
-    with pytest.raises(UsageError, match="holds 70 tokens and the capacity is 69"):
+    with pytest.raises(UsageError, match="holds 70 tokens; the capacity is 69, use 70 or more"):
         library.restore(saved[1], capacity=69)
 
 

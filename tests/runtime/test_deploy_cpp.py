@@ -73,6 +73,7 @@ def test_an_end_token_ends_it(program, write, fake_model, tmp_path):
         (("ARTIFACT", "--tokens", "1", "--max-tokens", "0"), "'0' is no number"),
         (("ARTIFACT", "--tokens", "1", "--fast", "1"), "unknown option --fast"),
         (("ARTIFACT", "--tokens", "1,2,3", "--capacity", "2"), "holds 2 tokens and 3 are needed"),
+        (("ARTIFACT", "--tokens", "1,50000000"), "token id 50000000 is outside the vocabulary (0 to "),
         (("/nowhere", "--tokens", "1"), "manifest.json cannot be read"),
     ],
 )

@@ -184,6 +184,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(library):
     ("arguments", "message"),
     [
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 2.5}, "max_tokens"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "top_p": 2}, "top_p"),

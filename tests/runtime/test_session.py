@@ -159,7 +159,7 @@ def test_decode_takes_one_id_per_row(library, ids):
     assert session.lengths.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("active", [[True], [False, False], [[True, True]]])
+@pytest.mark.parametrize("active", [[True], [False, False], [[True, True]], [0, 1], ["a", ""], [0.0, float("nan")]])
 def test_decode_needs_an_active_row(library, active):
     with pytest.raises(UsageError, match="active"):
         library.session(batch=2, capacity=8).decode([1, 2], active=active)
