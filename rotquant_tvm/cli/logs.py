@@ -76,7 +76,13 @@ def _list(arguments: argparse.Namespace, output: Output) -> None:
     logs: list[dict[str, Any]] = []
     shown: list[Table | str] = []
     for folder in _folders(arguments.paths):
-        log = read_log(folder)
+        try:
+            log = read_log(folder)
+        except UsageError as error:
+            if arguments.paths:
+                raise
+            output.note(escape(f"{error}; tvmc logs check says more"))  # the others serve a compile all the same
+            continue
         stale = [is_stale(record, log.device["kind"]) for record in log.records]
         logs.append(_described(log, stale))
         title = f"{log.device['name']} ({log.device['arch']}), TVM {log.tvm}: {folder}"

@@ -92,9 +92,9 @@ class CompiledLibrary:
         """Start a session that holds what ``Session.save`` wrote to ``path``.
 
         ``capacity``: tokens per sequence, by default the artifact's or, if that is more, what the file needs: the
-        longest sequence's tokens or, after a crop, up to a block more; ``chunk`` as of ``session``. Raises ArtifactError
-        for a damaged file or one of another library, DeviceError if the host has no room for a layer, UsageError for
-        too small a capacity, and what ``session`` raises.
+        longest sequence's tokens or, after a crop, up to a block more; ``chunk`` as of ``session``. Raises
+        ArtifactError for a damaged file or one of another library, DeviceError if the host has no room for a layer,
+        UsageError for too small a capacity, and what ``session`` raises.
         """
         try:
             stored = read_cache_file(path, self.identity)

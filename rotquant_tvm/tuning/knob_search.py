@@ -153,18 +153,45 @@ def _key(knobs: Knobs) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(knobs.items()))
 
 
+@dataclass
+class Allowance:
+    """How many candidates all searches of a run may still ask for; None is any number."""
+
+    left: int | None = None
+
+    def take(self, wanted: int) -> int:
+        """Take as many as there are, at most those ``wanted``."""
+        if self.left is None:
+            return wanted
+        taken = min(wanted, self.left)
+        self.left -= taken
+        return taken
+
+    def put_back(self, count: int) -> None:
+        """Return what was taken and not used; of what was asked for besides, some are owed."""
+        if self.left is not None:
+            self.left = max(0, self.left + count)
+
+
 @derived_object
 class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
     """A ``KnobSearch`` as MetaSchedule's task scheduler drives it."""
 
-    def __init__(self, search: KnobSearch, batch: int, begin: Callable[..., None] | None = None) -> None:
-        """Ask for ``batch`` candidates at a time; ``begin(modules, target)`` starts to compile the first of them.
+    def __init__(
+        self,
+        search: KnobSearch,
+        batch: int,
+        begin: Callable[..., None] | None = None,
+        allowance: Allowance | None = None,
+    ) -> None:
+        """Ask for ``batch`` candidates at a time, within an ``allowance`` that searches share.
 
-        The scheduler opens all tasks before it turns to the first, so that the first batches of all are compiled side
-        by side.
+        ``begin(modules, target)`` starts to compile the first of them. The scheduler opens all tasks before it turns to
+        the first, so that the first batches of all are compiled side by side.
         """
         super().__init__()
         self.search, self.batch, self.begin = search, batch, begin
+        self.allowance = allowance or Allowance()
         self.space: Any = None
         self.asked: list[Knobs] = []
         self._first: list[Any] | None = None
@@ -190,7 +217,9 @@ class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
         return candidates or None
 
     def _ask(self) -> list[Any]:
-        self.asked, task = self.search.ask(self.batch), self.search.task
+        taken, task = self.allowance.take(self.batch), self.search.task
+        self.asked = self.search.ask(taken) if taken else []
+        self.allowance.put_back(taken - len(self.asked))
         scheduled = [schedule_with(task.workload, self.space, knobs) for knobs in self.asked]
         return [ms.MeasureCandidate(sch, task.args_info) for sch in scheduled]
 
@@ -201,4 +230,4 @@ class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
 
     def clone(self) -> Any:
         """A strategy for the same search: a search is not to be done twice."""
-        return KnobStrategy(self.search, self.batch, self.begin)
+        return KnobStrategy(self.search, self.batch, self.begin, self.allowance)

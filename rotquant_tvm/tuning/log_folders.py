@@ -30,11 +30,13 @@ def packaged_logs() -> Path:
 
 
 def is_log(folder: Path) -> bool:
-    """Whether a folder has the manifest of a tuning log, damaged or not."""
+    """Whether a folder has the manifest of a tuning log, damaged or not: artifacts have manifests too."""
     path = folder / MANIFEST_FILE
     try:
         if not path.is_file():  # a pipe would wait for a writer
             return False
+        if any((folder / name).is_file() for name in (WORKLOAD_FILE, RECORD_FILE)):
+            return True
         with path.open("rb") as file:
             return FORMAT.encode() in file.read(_MOST_BYTES)
     except OSError:

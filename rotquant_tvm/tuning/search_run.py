@@ -16,7 +16,7 @@ from tvm.s_tir.meta_schedule.tune import tune_tasks
 from ..errors import DeviceError
 from .kernel_builder import KernelBuilder
 from .kernel_runner import KernelRunner, MeasuringProcess
-from .knob_search import KnobSearch, KnobStrategy
+from .knob_search import Allowance, KnobSearch, KnobStrategy
 from .knob_space import knob_space
 from .progress import Progress, step_of
 from .tensor_intrinsics import load_tensor_intrinsics
@@ -102,11 +102,12 @@ class SearchRun:
         total = len(self.searches) * (trials + 1)
         # Not where compiling would disturb what is measured, nor what may never be asked for.
         begin = builder.begin if not runner.alone and (most is None or most >= total) else None
+        allowance = Allowance(most)
         tune_tasks(
-            tasks=[self._context(search, batch, seed, begin) for search in self.searches],
+            tasks=[self._context(search, batch, seed, begin, allowance) for search in self.searches],
             task_weights=[1.0] * len(self.searches),
             work_dir=str(self.scratch),
-            max_trials_global=total if most is None else min(total, most),
+            max_trials_global=total,
             max_trials_per_task=trials + 1,
             num_trials_per_iter=batch,
             builder=builder,
@@ -117,13 +118,15 @@ class SearchRun:
             task_scheduler="round-robin",
         )
 
-    def _context(self, search: KnobSearch, batch: int, seed: int, begin: Callable[..., None] | None) -> ms.TuneContext:
+    def _context(
+        self, search: KnobSearch, batch: int, seed: int, begin: Callable[..., None] | None, allowance: Allowance
+    ) -> ms.TuneContext:
         space = knob_space(search.task.knobs)
         return ms.TuneContext(
             search.task.workload,
             target=search.task.target,
             space_generator=ms.space_generator.ScheduleFn(space, sch_rules=[], postprocs=[], mutator_probs={}),
-            search_strategy=KnobStrategy(search, batch, begin),
+            search_strategy=KnobStrategy(search, batch, begin, allowance),
             task_name=search.task.name,
             rand_state=seed + 1,
             num_threads=1,

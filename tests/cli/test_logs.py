@@ -201,6 +201,20 @@ def test_bad_arguments(tvmc, log, tmp_path, arguments, fragment):
     assert ended.status == 2 and fragment in ended.error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe\x00", b"[" * 100_000, b'{"version": 1}'])
+def test_a_damaged_log_beside_sound_ones_is_told(tvmc, log, tmp_path, content):
+    other = shutil.copytree(log, log.parent / "llvm-other")
+    (other / "manifest.json").write_bytes(content)
+    ended = tvmc("logs", "check", log.parent)
+    assert ended.status == 1 and str(other) in ended.out.replace("\n", "") and "ok" in ended.out
+    assert tvmc("logs", "merge", log.parent, "-o", tmp_path / "out").status == 2 and not (tmp_path / "out").exists()
+    assert tvmc("logs", "list", other).status == 2
+    shutil.copytree(log.parent, user_logs())
+    ended = tvmc("logs", "list", "--json")  # what a compile finds: the others serve it
+    assert [Path(entry["folder"]).name for entry in ended.document["logs"]] == [log.name]
+    assert "llvm-other" in ended.err
+
+
 def test_the_packaged_logs_are_sound(tvmc, monkeypatch):
     """Those in the repository: every file agrees, whether or not a kernel has changed since."""
     from rotquant_tvm.tuning.log_check import STALE, log_problems

@@ -51,6 +51,21 @@ def test_a_lost_server_is_tried_again_once(failures, monkeypatch):
         assert len(calls) == 2
 
 
+@pytest.mark.parametrize("failures", [0, 1, 5])
+def test_a_server_may_take_a_moment_to_be_back(failures, monkeypatch):
+    checks = []
+
+    def check(remote):
+        checks.append(1)
+        if len(checks) <= failures:
+            raise DeviceError("no server")
+
+    monkeypatch.setattr(RemoteDevice, "check", check)
+    monkeypatch.setattr(remote_measuring, "_PAUSE_SECONDS", 0.0)
+    lost = RemoteDevice("h", 1, "k", "llvm").lost()
+    assert (lost is None) == (failures < 2) and len(checks) == min(failures + 1, 2)
+
+
 def test_where_nobody_listens():
     pytest.importorskip("tornado", reason="RPC needs the package tornado")
     with socket.socket() as free:
@@ -138,6 +153,26 @@ def test_two_servers_and_the_death_of_one(tracker, task, tmp_path):
     assert record.trials == 6 and result.measured + len(result.failures) == 6 and result.measured >= 5
     assert record.share is None  # what the machines could do is not known
     assert result.finished and result.device.name == "a CPU at cpu" and log_problems(result.folder) == []
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_the_death_of_the_only_server(tracker, task, tmp_path):
+    """The tuning ends; with another server the same call measures the rest."""
+    servers, options = tracker.serve(1), remote_options(tracker, 6)
+
+    def kill(step):
+        process = psutil.Process(servers[0].proc._proc.pid)
+        for child in [*process.children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+
+    with pytest.raises(DeviceError, match="no server of the key 'cpu'.*the same command goes on"):
+        tune([task], tmp_path, options, kill)
+    servers.clear()
+    tracker.serve(1)
+    result = tune([task], tmp_path, options)
+    assert result.finished and result.records[0].trials == 6 and result.failures == ()
 
 
 @pytest.mark.full

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -183,9 +184,32 @@ def test_a_full_disk(tasks, fake_device, monkeypatch, tmp_path):
     assert len(fake_device) - measured < 6
 
 
-def test_a_limit_over_all_tasks(tasks, fake_device, tmp_path):
-    tune(tasks, tmp_path, replace(OPTIONS, trials=3))
-    assert 3 <= len(fake_device) <= 4
+@pytest.mark.parametrize("trials", [1, 2, 3])
+def test_a_limit_over_all_tasks(tasks, fake_device, tmp_path, trials):
+    result = tune(tasks, tmp_path, replace(OPTIONS, trials=trials))
+    assert len(fake_device) == result.measured == trials and not result.finished
+
+
+def test_a_lost_device_is_no_fault_of_a_kernel(tasks, fake_device, tmp_path, monkeypatch):
+    """What had been measured is kept; the same call measures the rest as if nothing had been tried."""
+    fake = sys.modules["rotquant_tvm.tuning.tune"].MeasuringProcess
+    measure = fake.measure
+
+    def measure_two(process, library, args_info):
+        if len(fake_device) == 2:
+            process.lost = DeviceError("no server of the key 'cpu'")
+            raise DeviceError("connection reset")
+        return measure(process, library, args_info)
+
+    monkeypatch.setattr(fake, "measure", measure_two)
+    options = replace(OPTIONS, trials_per_task=4)
+    with pytest.raises(DeviceError, match="no server of the key 'cpu'; what was measured is kept"):
+        tune(tasks[:1], tmp_path, options)
+    assert len(read_log(tmp_path / "llvm-x86-64-v3").entries) == 1
+    monkeypatch.setattr(fake, "measure", measure)
+    result = tune(tasks[:1], tmp_path, options)
+    assert result.finished and result.records[0].trials == 4
+    assert all("wrong result" in failure for failure in result.failures)  # as the fake device says of one kernel
 
 
 def test_records_of_other_tasks_stay(tasks, fake_device, tmp_path):
@@ -227,9 +251,9 @@ def test_candidates_are_compiled_ahead_where_it_disturbs_no_measurement(
     """On a CPU the compiler would take time from the kernel that is measured."""
     begins, strategy, runner = [], search_run.KnobStrategy, search_run.KernelRunner
 
-    def noting(search, batch, begin):
+    def noting(search, batch, begin, allowance):
         begins.append(begin)
-        return strategy(search, batch, begin)
+        return strategy(search, batch, begin, allowance)
 
     def running(process):
         made = runner(process)
