@@ -167,7 +167,7 @@ def test_the_death_of_the_only_server(tracker, task, tmp_path):
             with suppress(psutil.NoSuchProcess):
                 child.kill()
 
-    with pytest.raises(DeviceError, match="no server of the key 'cpu'.*the same command goes on"):
+    with pytest.raises(DeviceError, match=r"no server of the key 'cpu'.*the same command goes on"):
         tune([task], tmp_path, options, kill)
     servers.clear()
     tracker.serve(1)
