@@ -159,18 +159,14 @@ class Allowance:
 
     left: int | None = None
 
-    def take(self, wanted: int) -> int:
-        """Take as many as there are, at most those ``wanted``."""
-        if self.left is None:
-            return wanted
-        taken = min(wanted, self.left)
-        self.left -= taken
-        return taken
+    def most(self, wanted: int) -> int:
+        """How many of those ``wanted`` there are."""
+        return wanted if self.left is None else min(wanted, self.left)
 
-    def put_back(self, count: int) -> None:
-        """Return what was taken and not used; of what was asked for besides, some are owed."""
+    def spend(self, count: int) -> None:
+        """Note that so many were asked for, perhaps more than there were: a resumed search measures its rule again."""
         if self.left is not None:
-            self.left = max(0, self.left + count)
+            self.left = max(0, self.left - count)
 
 
 @derived_object
@@ -217,9 +213,9 @@ class KnobStrategy(ms.search_strategy.PySearchStrategy):  # type: ignore[misc]
         return candidates or None
 
     def _ask(self) -> list[Any]:
-        taken, task = self.allowance.take(self.batch), self.search.task
-        self.asked = self.search.ask(taken) if taken else []
-        self.allowance.put_back(taken - len(self.asked))
+        most, task = self.allowance.most(self.batch), self.search.task
+        self.asked = self.search.ask(most) if most else []
+        self.allowance.spend(len(self.asked))
         scheduled = [schedule_with(task.workload, self.space, knobs) for knobs in self.asked]
         return [ms.MeasureCandidate(sch, task.args_info) for sch in scheduled]
 

@@ -95,17 +95,15 @@ def check_output(actual, wanted, explain=None):
     A key's rounding moves its score by 2^-12 of it: the scores of the longest keys reach 30 here, and where two of them
     compete the output moves by a few thousandths. Such vectors are few.
 
-    Rotated queries are rounded too. ``explain`` (b, token, head) says how long an error all these roundings give a
-    vector (``rounding``), and every vector that is off by more than most is held to that.
+    ``explain`` (b, token, head) says how long an error all roundings give a vector, those of a rotated query among them
+    (``rounding``), and every vector that is off by more than most is held to that besides.
     """
     assert np.isfinite(actual).all()
     error = np.linalg.norm(actual.astype(np.float64) - wanted, axis=-1)
     size = np.linalg.norm(wanted, axis=-1) + 1e-6
-    if explain is None:
-        assert (error <= 1.5e-2 * size).all(), (error / size).max()
-    else:
-        for at in map(tuple, np.argwhere(error > 5e-3 * size)):
-            assert error[at] <= 5 * explain(*at), (at, error[at] / size[at], explain(*at) / size[at])
+    assert (error <= 1.5e-2 * size).all(), (error / size).max()
+    for at in map(tuple, np.argwhere(error > 5e-3 * size) if explain is not None else ()):
+        assert error[at] <= 5 * explain(*at), (at, error[at] / size[at], explain(*at) / size[at])
     assert np.mean(error <= 2e-3 * size) >= 0.98
     assert np.sqrt(np.mean((error / size) ** 2)) <= 1e-3
 
