@@ -16,8 +16,8 @@ from tvm import relax
 from tvm.relax.expr_functor import mutator
 
 from rotquant_tvm.formats import Rotation
-from rotquant_tvm.ops.attention_prefill import matrix_dtype
 from rotquant_tvm.ops.rotate import RotationShape
+from rotquant_tvm.ops.rotation_matrices import rotation_arguments
 from rotquant_tvm.ops.site_shape import SiteShape
 
 from .function_rewriter import FunctionRewriter
@@ -81,7 +81,7 @@ class _Fuse(FunctionRewriter):
         shape = replace(shape, rotated=True)
         if not self._taken(shape):
             return None
-        matrices = [_matrix(rotation, shape) for _, rotation in sources[1:] if rotation is not None]
+        matrices = _matrices([rotation for _, rotation in sources[1:]], shape)
         arguments = [*(x for x, _ in sources), *operands[3:], *matrices]
         return relax.call_tir(self.kernels.attention_packed(shape, 1), arguments, attention.ty_args[0])
 
@@ -115,5 +115,6 @@ def _agree(rotations: list[Rotation | None], after: Rotation | None) -> bool:
     return same and (value is None or np.allclose(output, value.T, atol=1e-5))
 
 
-def _matrix(rotation: Rotation, shape: SiteShape) -> relax.Expr:
-    return relax.const(rotation.matrix().astype(matrix_dtype(shape.dtype)))
+def _matrices(rotations: list[Rotation | None], shape: SiteShape) -> list[relax.Expr]:
+    given = [rotation or Rotation(shape.head_dim) for rotation in rotations]
+    return [relax.const(matrix) for matrix in rotation_arguments(shape.codecs(), given, shape.dtype)]

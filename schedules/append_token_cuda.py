@@ -18,6 +18,7 @@ from rotquant_tvm.ops.tile_access import gain_position
 
 from .cuda_ops import WARP, Registers, i32, load_words, prmt, ptx, scalar, store_words, u32, warp_sync
 from .dependent_launch_cuda import let_next_start, wait_for_inputs
+from .opaque_cuda import again
 from .tile_encoder_cuda import TileEncoder
 from .tile_lane_cuda import Lane
 from .tile_pack_cuda import TileStores
@@ -66,23 +67,44 @@ class TokenAppend:
         self, role: int, cache: Any, where: tuple[Expr, Expr, Expr], given: tuple[Any, Any], lengths: tuple[Any, Any]
     ) -> None:
         """The key or the value of a sequence and a head."""
-        b, head, lane = where
+        lane = where[2]
         x, coefficients = given
         core = None if self.codecs[role].rotation.identity else VectorCore(self.shapes[role], self.lanes, codes=True)
         if core is not None:
             core.place(lane)
             core.load(coefficients, lane, 1)  # weights, which nobody writes
-        if self.starts_early:
-            self._bring_nearer(role, cache, where, lengths[0])
-        wait_for_inputs(self.starts_early)
+        if not self.starts_early:
+            self._append(role, self._place(cache, where, lengths), x, core)
+            return
+        self._bring_nearer(role, cache, where, lengths[0])
+        if core is None:
+            wait_for_inputs()
+            self._append(role, self._place(cache, where, lengths), x, core)
+            return
+        # What follows the wait is long and runs once, after other kernels have had the instruction cache: going through
+        # it beforehand, with nothing, brings its instructions. The compiler must not make two copies of it.
+        with T.serial(0, again(i32(2))) as turn:
+            real = scalar(turn > 0, "bool")
+            with T.If(real), T.Then():
+                wait_for_inputs()
+            self._append(role, self._place(cache, where, lengths, real), x, core)
+            warp_sync()  # the codes' place is written again
+
+    def _place(self, cache: Any, where: tuple[Expr, Expr, Expr], lengths: tuple[Any, Any], real: Expr = True) -> _Place:
+        """Where the token goes; nowhere, and nothing is read, unless ``real``."""
+        b, head, lane = where
         counts = Registers(2, "int32")
-        for n, array in enumerate(lengths):
-            load_words(counts, n, array, [b], 1, "global")
+        counts.fill(i32(0))
+        with T.If(real), T.Then():
+            for n, array in enumerate(lengths):
+                load_words(counts, n, array, [b], 1, "global")
         position, count = scalar(counts[0] - 1), counts[1]
         tile = scalar(position // TOKENS)
         place = (b.astype("int64"), head.astype("int64"), tile.astype("int64"))
         new = scalar(tir.all(count > 0, place[2] < cache.shape[2]).astype("int32"))
-        at = _Place(cache, place, scalar(position % TOKENS), new, lane)
+        return _Place(cache, place, scalar(position % TOKENS), new, lane, real)
+
+    def _append(self, role: int, at: _Place, x: Any, core: VectorCore | None) -> None:
         if core is None:
             self._through_tile(role, at, x)
         else:
@@ -97,7 +119,7 @@ class TokenAppend:
         b, head, lane = where
         length = Registers(1, "int32")
         load_words(length, 0, lengths, [b], 1, "global.cg")
-        last = tir.min(tir.max(length[0] - 1, i32(0)).astype("int64") // TOKENS, cache.shape[2] - 1)
+        last = tir.min((tir.max(length[0], i32(1)) - 1).astype("int64") // TOKENS, cache.shape[2] - 1)
         sections = [self.layout.sections[f"{'kv'[role]}_{name}"] for name in ("codes", "gains")]
         for section in sections:
             lines = -(-section.nbytes // LINE)
@@ -124,7 +146,9 @@ class TokenAppend:
 
     def _through_vector(self, role: int, at: _Place, x: Any, core: VectorCore) -> None:
         raw = self.lanes.raw()
-        self.lanes.load(raw, x, [*at.place[:2], 0], core.lane, "global")
+        raw.fill(u32(0))
+        with T.If(at.real), T.Then():
+            self.lanes.load(raw, x, [*at.place[:2], 0], core.lane, "global")
         stores = TileStores(at.cache, self.layout, Lane("kv"[role], self.layout.head_dim, at.lane))
         writer = _TokenWriter(stores, at)
         (encoded,) = core.encode([self._unpack(raw)])
@@ -140,10 +164,15 @@ class TokenAppend:
 
 
 class _Place:
-    """Where a warp's token goes: ``place`` is (sequence, head, tile), ``new`` says whether there is one at all."""
+    """Where a warp's token goes: ``place`` is (sequence, head, tile), ``new`` says whether there is one at all.
 
-    def __init__(self, cache: Any, place: tuple[Expr, Expr, Expr], token: Expr, new: Expr, lane: Expr) -> None:
-        self.cache, self.place, self.token, self.new, self.lane = cache, place, token, new, lane
+    ``real``: whether its elements may be read yet.
+    """
+
+    def __init__(
+        self, cache: Any, place: tuple[Expr, Expr, Expr], token: Expr, new: Expr, lane: Expr, real: Expr
+    ) -> None:
+        self.cache, self.place, self.token, self.new, self.lane, self.real = cache, place, token, new, lane, real
 
 
 class _TokenWriter:

@@ -19,8 +19,8 @@ from tvm.tirx.script.builder import ir as T
 
 from rotquant_tvm.formats import TOKENS, TileLayout
 from rotquant_tvm.formats.centre import centre_words
-from rotquant_tvm.ops.attention_prefill import rotation_matrices
 from rotquant_tvm.ops.online_softmax import LOG2E
+from rotquant_tvm.ops.rotation_matrices import rotation_matrices
 from rotquant_tvm.ops.segments import Segments, segment_arguments
 from rotquant_tvm.ops.site_shape import OP_ATTR, SiteShape
 
@@ -29,10 +29,11 @@ from .cuda_target import compute_capability, dynamic_shared_memory
 from .half_formats_cuda import half_format
 from .knobs import chosen_knobs
 from .mma_half_cuda import HalfRows, WarpAttention
+from .opaque_cuda import again
 from .packed_half_cuda import HalfFormat
 from .packed_past_cuda import PackedPast, RowsAndOperands
 from .packed_tiles_cuda import PackedTiles
-from .prefill_rotation_cuda import BasisChange, again
+from .prefill_rotation_cuda import BasisChange
 from .prefill_rows_cuda import QueryRows
 from .prefill_spans_cuda import Sight, TokenSpans
 from .prefill_tiling_cuda import KNOBS as KNOBS
@@ -189,6 +190,8 @@ class _Block:
         with T.serial(0, past.count) as number:
             past.ready(number)
             attention.multiply_keys(self.queries, self.keys.load_keys)
+            if past.raw.late_gains:
+                attention.scale_scores(past.place.gains)
             self.spans.hide_packed(attention, self.sight, past.first_token(number))
             attention.weigh(factor, past.raw.value_octaves)
             attention.multiply_values(past.place.values.load_values)

@@ -153,6 +153,15 @@ class WarpAttention:
         for tile in range(self.row_tiles):
             queries.load_rows(rows, 4 * (dims % 2 * self.row_tiles + tile), tile, dims)
 
+    def scale_scores(self, factors: Callable[[int], list[Expr]]) -> None:
+        """Multiply scores by factors of tokens; ``factors(block)``: those of 2t and 2t + 1 of a block of eight."""
+        for block in range(self.tokens // 8):
+            pair = factors(block)
+            for tile in range(self.row_tiles):
+                for part in range(4):
+                    at = self.score(tile, block, part)
+                    self.scores[at] = self.scores[at] * pair[part % 2]
+
     def hide(self, seen: Callable[[int, Expr], Expr], lane: Expr) -> None:
         """Keep the scores where ``seen(row, token)``; ``row`` counts the lane's rows: 2·tile, and 1 more for g + 8."""
         for row in range(2 * self.row_tiles):

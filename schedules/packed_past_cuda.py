@@ -1,7 +1,8 @@
 """The packed past on its way to the tensor cores, on CUDA: tiles are copied ahead and unpacked into shared memory.
 
-Keys become float16 rows. Values become operands of the second product right away, since that is the order their codes
-are stored in: no transposition, and 16-byte accesses all the way.
+Keys become float16 rows, with what their scores lack in the padding between them. Values become operands of the second
+product right away, since that is the order their codes are stored in: no transposition, and 16-byte accesses all the
+way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tvm.tirx as tir
 
 from rotquant_tvm.formats import TOKENS
 
-from .cuda_ops import WARP, block_sync, i32, scalar, store_words
+from .cuda_ops import WARP, Registers, bits_of, block_sync, i32, load_words, scalar, store_words
 from .mma_half_cuda import FragmentValues
 from .packed_tiles_cuda import PackedTiles, tiles_of
 from .prefill_spans_cuda import TokenSpans
@@ -29,6 +30,7 @@ class RowsAndOperands:
 
     def __init__(self, tiling: PrefillTiling, shared: Any, lane: Expr) -> None:
         self.tiling, self.shared = tiling, shared
+        self.first_gain = scalar(tiling.stages_start + lane % 4 * 2 * tiling.pitch + tiling.head_dim)
         self.keys = scalar(tiling.stages_start + lane // 4 * tiling.pitch + lane % 4 * 4)
         self.values = FragmentValues(shared, tiling.stages_start + tiling.role_size, tiling.head_dim, lane)
 
@@ -37,6 +39,19 @@ class RowsAndOperands:
         pitch = self.tiling.pitch
         at = self.keys + tile * (TOKENS * pitch) + (8 * eight * pitch + 16 * sixteen)
         store_words(self.shared, [at], values, "shared")
+
+    def store_gain(self, tile: Expr, token: Expr, gain: Expr) -> None:
+        """See ``UnpackedPlace``: those of two tokens stand together, in the padding behind the first one's key."""
+        pair = self.tiling.stages_start + (tile * TOKENS + token // 2 * 2) * self.tiling.pitch
+        at = pair + self.tiling.head_dim + token % 2 * 2
+        store_words(self.shared, [at], [bits_of(gain)], "shared")
+
+    def gains(self, block: int) -> list[Expr]:
+        """Those of the lane's two tokens among eight, as ``WarpAttention.scale_scores`` takes them."""
+        pair = Registers(2, "float32")
+        at = self.first_gain + 8 * block * self.tiling.pitch
+        load_words(pair, 0, self.shared, [at], 2, "shared")
+        return [pair[0], pair[1]]
 
     def store_values(self, tile: Expr, sixteen: int, tokens: int, values: list[Expr]) -> None:
         """See ``UnpackedPlace``."""

@@ -59,6 +59,15 @@ class PackedTiles:
         """Whether keys stand off centres."""
         return bool(self.segments.policy.center)
 
+    @property
+    def late_gains(self) -> bool:
+        """Whether scores are multiplied by keys' gains, and not keys.
+
+        Keys are grid points then, which float16 holds exactly: scores lose nothing but what queries do. A key that has
+        several gains, or stands off a centre, is a sum that must be rounded.
+        """
+        return self.formats[0].gains == 1 and not self.centred
+
     def table(self, role: int) -> int:
         """The element of shared memory where the table of K or V begins."""
         return self.table_start + (len(self.formats[0].table) if role else 0)

@@ -13,21 +13,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from .cuda_ops import WARP, Registers, block_sync, f32, i32, mma_half, pack_half2, prmt, store_words, u32, warp_sync
+from .cuda_ops import WARP, Registers, block_sync, f32, mma_half, pack_half2, store_words, warp_sync
 from .mma_half_cuda import HalfRows, WarpAttention
+from .opaque_cuda import again
 from .prefill_rows_cuda import Place
 from .prefill_tiling_cuda import PrefillTiling
 from .row_stream_cuda import commit_copies, copy_ahead, share_out, wait_for_copies
 
 Expr = Any
-
-
-def again(thread: Expr) -> Expr:
-    """The thread's number in a form that the compiler takes for another.
-
-    What is worked out from it is worked out anew, instead of standing in registers through the loops between.
-    """
-    return i32(prmt(u32(thread), u32(0), u32(0x3210)))
 
 
 @dataclass(frozen=True)
@@ -46,20 +39,24 @@ class BasisChange:
             return
         head_dim, lane = self.tiling.head_dim, self.thread % WARP
         words = list(product(range(attention.row_tiles), range(2), range(head_dim // 8)))
-        rotated = Registers(len(words))
+        rotated = Registers(2 * len(words), "float32")
         for first, count in self._passes(self.matrices[0]):
             for part in range(0, count, attention.tokens):
                 offset = part * self.tiling.pitch
                 attention.multiply_keys(queries, lambda *at, offset=offset: self.staged.load_keys(*at, offset))
                 for number, (tile, half, block) in enumerate(words):
-                    column = 8 * block - first - part
+                    term, column = divmod(first + part, head_dim)
+                    column = 8 * block - column
                     if 0 <= column < attention.tokens:
                         at = attention.score(tile, column // 8, 2 * half)
-                        rotated[number] = pack_half2(attention.scores[at], attention.scores[at + 1])
+                        for u in range(2):
+                            score = attention.scores[at + u]
+                            rotated[2 * number + u] = rotated[2 * number + u] + score if term else score
         warp_sync()  # a warp reads no rows but its own
         for number, (tile, half, block) in enumerate(words):
             row = mine + (16 * tile + 8 * half + lane // 4)
-            store_words(self.shared, [place(row, block) + lane % 4 * 2], [rotated[number]], "shared")
+            word = pack_half2(rotated[2 * number], rotated[2 * number + 1])
+            store_words(self.shared, [place(row, block) + lane % 4 * 2], [word], "shared")
         block_sync()
 
     def unrotate_sums(self, attention: WarpAttention) -> None:
@@ -102,9 +99,11 @@ class BasisChange:
         """Copy a matrix's rows, as many at a time as fit: (first, count) of those that are there."""
         tiling = self.tiling
         units, room = tiling.head_dim // 8, 2 * tiling.stages * tiling.tokens
-        for first in range(0, tiling.head_dim, room):
-            count = min(room, tiling.head_dim - first)
+        rows = int(matrix.shape[0])
+        for first in range(0, rows, room):
+            count = min(room, rows - first)
             block_sync()
+            # The thread's number again, for what is worked out from it not to stand in registers through the products.
             for unit in share_out(count * units, again(self.thread), tiling.threads):
                 row, part = unit // units, unit % units
                 at = tiling.stages_start + row * tiling.pitch + part * 8

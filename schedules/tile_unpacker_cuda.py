@@ -24,6 +24,9 @@ class UnpackedPlace(Protocol):
     def store_keys(self, tile: Expr, eight: int, sixteen: int, values: list[Expr]) -> None:
         """Store dims 16·sixteen + 4t … + 3 of token 8·eight + g of a tile, two words."""
 
+    def store_gain(self, tile: Expr, token: Expr, gain: Expr) -> None:
+        """Store what the scores of a tile's token are to be multiplied by (``PackedTiles.late_gains``), float32."""
+
     def store_values(self, tile: Expr, sixteen: int, tokens: int, values: list[Expr]) -> None:
         """Store dims 16·sixteen + g and + 8 of tokens 16·tokens + 2t, + 1, + 8, + 9 of a tile.
 
@@ -55,13 +58,17 @@ class TileUnpacker:
         share = -(-groups // (4 * parts)) * 4
         numbers = range(min(groups, part * share), min(groups, (part + 1) * share))
         if self.role == 0:
+            if self.raw.late_gains and part == 0:
+                # Token 8i + g, g = 2h + u, is element 8h + 2i + u.
+                at = gains + self.lane % 8 // 2 * 8 + self.lane // 8 * 2 + self.lane % 2
+                self.place.store_gain(tile, self.lane, self.raw.shared[at].astype("float32"))
             self._keys(tile, group, numbers, gains)
         else:
             self._values(tile, group, numbers, gains, left)
 
     def _keys(self, tile: Expr, group: Callable[[int], list[Expr]], numbers: range, gains: Expr) -> None:
         """Half p of the groups holds dims 16h + 4t … of token 8i + g, for p = i·d/16 + h."""
-        gain = self._token_gains(gains)
+        gain = (lambda h, i: None) if self.raw.late_gains else self._token_gains(gains)
         centre = self._centre(tile)
         for number in numbers:
             halves = group(number)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rotquant_tvm.formats import Rotation
-from rotquant_tvm.ops.attention_prefill import matrix_dtype
+from rotquant_tvm.ops.rotation_matrices import rotation_arguments
 from rotquant_tvm.tuning.shape_buckets import WantedSizes
 
 from .append import AppendStep
@@ -93,8 +93,8 @@ class PrefillChunk:
             _Turn(device, operators, rotation, settings.dtype, size)
             for rotation, size in zip(own, sizes, strict=False)
         ]
-        inside = [c.rotation for c in (k, v) if self.site.rotated and not c.rotation.identity]
-        matrices = [rotation.matrix().astype(matrix_dtype(settings.dtype)) for rotation in inside]
+        turned = [c.rotation for c in (k, v)]
+        matrices = rotation_arguments((k, v), turned, settings.dtype) if self.site.rotated else []
         self._matrices = [device.argument(device.native(matrix)) for matrix in matrices]
         counts = [np.zeros(shape.batch, np.int32)] if self.spec.policy.segmented else []
         counts += [np.full(shape.batch, shape.tokens, np.int32)] * 2

@@ -14,6 +14,7 @@ from ..cache_policy import NO_POLICY, CachePolicy
 from ..formats import Codec, TileLayout
 from .axes import Axes
 from .online_softmax import LOG2E, OnlineSoftmax
+from .rotation_matrices import rotation_matrices
 from .segments import Segments, segment_arguments
 from .vector_code import f32, register, registers
 
@@ -92,25 +93,6 @@ def attention_prefill(
     return builder.get()
 
 
-def rotation_matrices(codec_k: Codec, codec_v: Codec, dtype: str) -> tuple[Any, Any]:
-    """Declare what a ``rotated`` kernel takes after the lengths: R of the keys' rotation, then of the values' one.
-
-    They are [head_dim, head_dim], float16 where ``dtype`` is, else float32; one that is the identity is left out, and
-    None here.
-    """
-    size = (codec_k.head_dim, codec_k.head_dim)
-
-    def declared(name: str, codec: Codec) -> Any:
-        return None if codec.rotation.identity else T.arg(name, T.buffer(size, matrix_dtype(dtype)))
-
-    return declared("rotation_k", codec_k), declared("rotation_v", codec_v)
-
-
-def matrix_dtype(dtype: str) -> str:
-    """The dtype of ``rotation_matrices`` where queries have ``dtype``."""
-    return "float16" if dtype == "float16" else "float32"
-
-
 class _Turned:
     """The query of a row in the keys' basis while the past is read, and its output in the values'."""
 
@@ -129,7 +111,13 @@ class _Turned:
             return
         with axes.lanes(self.state.head_dim) as dim:
             T.buffer_store(self.scratch, self.query(dim), [dim])
-        self.state.put_query(lambda dim: self._sum(lambda n: f32(matrix[dim, n]) * self.scratch[n]))
+        terms = range(0, int(matrix.shape[0]), self.state.head_dim)
+
+        def factor(dim: Expr, n: Expr) -> Expr:
+            first, *others = (f32(matrix[term + dim, n]) for term in terms)
+            return sum(others, first)
+
+        self.state.put_query(lambda dim: self._sum(lambda n: factor(dim, n) * self.scratch[n]))
 
     def end_past(self) -> None:
         """Turn the output back, and take the query as it was."""

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rotquant_tvm import ops
+from rotquant_tvm.ops.rotation_matrices import rotation_arguments
 
 from ..sampling import sampled
 from .cases import CASES, MIXED
@@ -96,7 +97,7 @@ def test_operands_in_the_models_own_basis(kernels, rng, poisoned, choice):
     rotated = [r.apply(x.astype(np.float64)) for r, x in ((key, q), (key, k), (value, v))]
     wanted = value.inverse().apply(expected(case, *rotated, cache, past, new, window=window))
     past, new = (np.asarray(x, np.int32) for x in (past, new))
-    matrices = [r.matrix().astype(dtype) for r in (key, value) if not r.identity]
+    matrices = rotation_arguments(case.codecs, (key, value), dtype)
     arguments = (*case.codecs, case.heads, case.kv_heads, SCALE, dtype)
     kernel = kernels.build(ops.attention_prefill, *arguments, window=window, rotated=True)
     arrays = (q, k, v, cache, past + new, new, *matrices, poisoned(q.shape, dtype))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rotquant_tvm.cache_policy import NO_POLICY, CachePolicy
+from rotquant_tvm.ops.rotation_matrices import rotation_arguments
 from rotquant_tvm.ops.site_shape import SiteShape
 
 from ..ops.cases import Case
@@ -59,8 +60,9 @@ def straight(rng, case: Case, steps, window=None, rotated=False) -> Problem:
             for x, y in zip(before, (k, v), strict=True)
         )
         packed = stored[0][b, kv_head, : past[b]].astype(np.float64)
-        rotation = case.codecs[0].rotation
-        return rounding(query @ keys.T * SCALE, values, (packed, rotation.apply(query)), not rotation.identity)
+        codec = case.codecs[0]
+        rounded = codec.format.gains_per_vector(case.head_dim) != 1, not codec.rotation.identity
+        return rounding(query @ keys.T * SCALE, values, (packed, codec.rotation.apply(query)), rounded)
 
     arguments = [q, k, v, cache, past + new, new, *matrices(case, rotated)]
     return Problem(shape, arguments, wanted, explain if rotated and window is None else None)
@@ -85,8 +87,8 @@ def segmented(
 
 def matrices(case: Case, rotated: bool) -> list[np.ndarray]:
     """The matrices of a case's rotations, as kernels take them."""
-    rotations = [codec.rotation for codec in case.codecs if rotated and not codec.rotation.identity]
-    return [rotation.matrix().astype(np.float16) for rotation in rotations]
+    rotations = [codec.rotation for codec in case.codecs]
+    return rotation_arguments(case.codecs, rotations, "float16") if rotated else []
 
 
 def check_output(actual, wanted, explain=None):
@@ -108,21 +110,21 @@ def check_output(actual, wanted, explain=None):
     assert np.sqrt(np.mean((error / size) ** 2)) <= 1e-3
 
 
-def rounding(scores, values, past, rotated):
+def rounding(scores, values, past, rounded):
     """How long an error of one output vector float16 operands give: a standard deviation, to first order.
 
     ``scores`` [n] and ``values`` [n, d]: of all tokens that it sees. ``past``: the packed keys [m, d] of the first
-    ones, and the query [d], in the keys' basis. A key is rounded with its centroid and with its product by the gain; a
-    rotated query with the matrix and as a result. A rounding is uniform in half a unit of the last place either way.
+    ones, and the query [d], in the keys' basis. ``rounded``: whether those keys are, with their gains in them, and
+    whether the query is. A rounding is uniform in half a unit of the last place either way.
     """
     keys, query = past
     weights = np.exp(scores - scores.max())
     weights /= weights.sum()
     apart = (values - weights @ values)[: len(keys)]
     steps = weights[: len(keys)] * SCALE
-    of_keys = (_variance(keys) @ query**2) @ (steps**2 * (apart**2).sum(1))
-    of_query = _variance(query) @ (((keys * steps[:, None]).T @ apart) ** 2).sum(1) if rotated else 0.0
-    return float(np.sqrt(2 * (of_keys + of_query)))
+    of_keys = (_variance(keys) @ query**2) @ (steps**2 * (apart**2).sum(1)) if rounded[0] else 0.0
+    of_query = _variance(query) @ (((keys * steps[:, None]).T @ apart) ** 2).sum(1) if rounded[1] else 0.0
+    return float(np.sqrt(of_keys + of_query))
 
 
 def _variance(x):

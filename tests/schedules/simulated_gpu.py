@@ -43,6 +43,8 @@ class SimulatedGPU:
             self._launch(self.func.body, {})
 
     def _launch(self, stmt, extents) -> None:
+        while type(stmt).__name__ == "IfThenElse":  # of two launches
+            stmt = stmt.then_case if self._host(stmt.condition) else stmt.else_case
         while type(stmt).__name__ == "AttrStmt" and stmt.attr_key == "thread_extent":
             extents[str(stmt.node.thread_tag)] = (stmt.node.var, int(self._host(stmt.value)))
             stmt = stmt.body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from rotquant_tvm.schedules import roundtrip_cuda
 from rotquant_tvm.schedules.gpu_kv_kernels import gpu_kernel
 from rotquant_tvm.schedules.roundtrip_cuda import KNOBS, build
 
@@ -39,6 +40,25 @@ def test_it_is_quantize_then_dequantize(text, head_dim, dtype, knobs, where):
             continue
         exact = ((x - codec.decode(codec.encode(x))) ** 2).sum()
         assert ((x - y.astype(float)) ** 2).sum() == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "head_dim", "dtype", "where"),
+    with_gpu(("iso4", 128, "float16"), ("planar3", 80, "float32"), ("rotor2:ip", 64, "float16")),
+)
+@pytest.mark.parametrize("count", [3, 4, 5, 19])
+def test_many_vectors_give_the_same(monkeypatch, text, head_dim, dtype, where, count):
+    """The launch for many, from four on, and that for few."""
+    codec, x = codec_of(text, head_dim), vectors(head_dim, dtype, count)[None, None]
+    wanted = roundtrip_of(codec, x, {"rows": 1}, where)
+    monkeypatch.setattr(roundtrip_cuda, "MANY", 4)
+    np.testing.assert_array_equal(roundtrip_of(codec, x, {}, where), wanted)
+
+
+@pytest.mark.parametrize(("text", "head_dim", "launches"), [("iso3", 128, 2), ("hurwitz3", 128, 1), ("iso3", 512, 1)])
+def test_a_launch_for_many_where_it_gains(text, head_dim, launches):
+    func = build(CodecShape.describe(codec_of(text, head_dim), "float16"), target_of(""))
+    assert str(func).count("blockIdx.x") == launches
 
 
 @pytest.mark.parametrize(
