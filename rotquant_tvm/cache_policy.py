@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
+from .near_words import did_you_mean, near_words
 
 TILE_TOKENS = 32
 """Tokens of a packed tile."""
@@ -20,7 +21,7 @@ TILE_TOKENS = 32
 IntArray = NDArray[np.int32]
 OPTIONS = ("sinks", "recent", "center", "defer")
 MOST_TOKENS = 2**31 - 1
-"""What an option may be at most: lengths are int32."""
+"""What a capacity or an option may be at most: lengths are int32."""
 _DIGITS = len(str(MOST_TOKENS))
 
 
@@ -51,6 +52,11 @@ class CachePolicy:
                 raise UsageError(f"{name} is beyond {MOST_TOKENS}, the longest sequence that there can be; give less")
         if self.center % TILE_TOKENS:
             raise UsageError(f"center is {self.center}; K is centred by blocks of a multiple of {TILE_TOKENS} tokens")
+        if self.slots > MOST_TOKENS:
+            raise UsageError(
+                f"the cache options '{self.name}' keep {self.slots} tokens of a sequence in 16 bits, beyond "
+                f"{MOST_TOKENS}, the longest sequence that there can be; give less"
+            )
 
     @classmethod
     def parse(cls, text: str) -> CachePolicy:
@@ -104,7 +110,8 @@ class CachePolicy:
         """Return the policy with some options replaced; raises ``UsageError`` for an unknown one."""
         for name in options:
             if name not in OPTIONS:
-                raise UsageError(f"unknown cache option '{name}'; known: {', '.join(OPTIONS)}")
+                near = did_you_mean(near_words(name, OPTIONS))
+                raise UsageError(f"unknown cache option '{name}'{near}; known: {', '.join(OPTIONS)}")
         return replace(self, **options)
 
     @property

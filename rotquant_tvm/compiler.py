@@ -14,6 +14,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from .cache_policy import MOST_TOKENS
 from .codegen import compile_module
 from .errors import UsageError
 from .frontend import ImportedModel, TokenizerData, import_model
@@ -161,8 +162,8 @@ def compile(
     """
     config = KVCacheConfig.of(kv_cache, kv_layers)
     batch = fixed_batch(input_shapes)
-    if capacity < 1:
-        raise UsageError(f"the capacity is {capacity} tokens; it must be 1 or more")
+    if not 1 <= capacity <= MOST_TOKENS:
+        raise UsageError(f"the capacity is {capacity} tokens; it must be 1 or more and at most {MOST_TOKENS}")
     target = resolve_target(target)
     records = TuningRecords(target, None if tuning_records is None else Path(tuning_records))
     hooks = hooks or PassHooks()

@@ -109,7 +109,7 @@ def folders() -> dict[str, str]:
 
 def tuning_logs() -> list[dict[str, Any]]:
     """Every log that a compile would look at: its folder, device and number of records, or why it cannot be read."""
-    from .errors import UsageError
+    from .errors import LogError
     from .tuning.log_folders import log_folders, log_roots
     from .tuning.log_store import read_log
 
@@ -117,7 +117,7 @@ def tuning_logs() -> list[dict[str, Any]]:
     for folder in (folder for root in log_roots() for folder in log_folders(root)):
         try:
             log = read_log(folder)
-        except UsageError as error:
+        except LogError as error:
             found.append({"folder": str(folder), "problem": str(error)})
             continue
         described = {"slug": log.slug, "arch": log.device["arch"], "records": len(log.entries)}

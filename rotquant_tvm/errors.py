@@ -29,6 +29,10 @@ class ArtifactError(ModelError):
     """A compiled artifact that is damaged, incomplete or of another version."""
 
 
+class LogError(ModelError):
+    """A tuning log that is not there, damaged, of another version, or at odds with itself."""
+
+
 class DeviceError(RotQuantError):
     """A device or its toolchain failed or is absent."""
 

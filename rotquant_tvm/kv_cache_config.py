@@ -75,19 +75,11 @@ class KVCacheConfig:
         """Read ``--kv-cache`` and ``--kv-layers`` texts: ``"rq3"``, ``"iso3/planar3"`` and ``"0,-1=f16;5=iso4"``.
 
         Options of the cache policy follow the formats: ``"iso3,sinks=4,recent=64,center=64"``; a preset brings its own,
-        which they replace. Negative layers count from the end. Raises ``FormatError`` or ``UsageError``.
+        which they replace. Negative layers count from the end. Raises ``FormatError`` or ``UsageError``, also for a
+        layer that is named twice.
         """
         formats, _, options = str(text).partition(",")
-        overrides: dict[int, LayerFormats] = {}
-        for part in filter(None, (p.strip() for p in (layers or "").split(";"))):
-            indices, sign, name = part.partition("=")
-            try:
-                numbers = [int(i) for i in indices.split(",")]
-            except ValueError:
-                numbers = []
-            if not sign or not numbers:
-                raise UsageError(f"cannot read the layer overrides '{part}'; write them like '0,-1=f16;5=iso4'")
-            overrides.update(dict.fromkeys(numbers, LayerFormats.parse(name.strip())))
+        overrides = _read_overrides(layers or "")
         named = [PRESETS[preset] for preset in map(preset_of, formats.split("/")) if preset]
         policy = (named[0] if named else CachePolicy()).changed(read_options(options))
         return cls(LayerFormats.parse(formats.strip()), overrides, seed, policy)
@@ -103,10 +95,19 @@ class KVCacheConfig:
         return CachePolicy() if formats.k.bits == formats.v.bits == 16 else self.policy
 
     def layer(self, index: int, count: int) -> LayerFormats:
-        """The formats of layer ``index`` of ``count``."""
-        for key in self.overrides:
+        """The formats of layer ``index`` of ``count``.
+
+        Raises ``UsageError`` for overrides of a layer that there is not, and for two of one layer that differ.
+        """
+        for key, formats in self.overrides.items():
             if not -count <= key < count:
                 raise UsageError(f"layer override {key}: the model has layers 0 to {count - 1}")
+            other = self.overrides.get(key + count, formats)  # "0,-1=f16" may name the only layer twice
+            if key < 0 and other != formats:
+                raise UsageError(
+                    f"layer {key + count} of {count} is {other.name} as {key + count} and {formats.name} as {key} in "
+                    "the layer overrides; name it once"
+                )
         return self.overrides.get(index, self.overrides.get(index - count, self.formats))
 
     def fitted(self, head_dims: Sequence[int]) -> tuple[KVCacheConfig, dict[int, dict[str, str]]]:
@@ -128,6 +129,7 @@ class KVCacheConfig:
                     plain.check(head_dim)
                     kept.setdefault(index, {})[role] = str(error)
             if index in kept:
+                overrides.pop(index - count, None)
                 overrides[index] = replace(formats, **dict.fromkeys(kept[index], plain))
         return replace(self, overrides=overrides), kept
 
@@ -138,3 +140,25 @@ class KVCacheConfig:
             formats.k.codec(head_dim, seed=(self.seed, index, 0)),
             formats.v.codec(head_dim, seed=(self.seed, index, 1)),
         )
+
+
+def _read_overrides(text: str) -> dict[int, LayerFormats]:
+    """Read ``"0,-1=f16;5=iso4"``; raises ``FormatError`` or ``UsageError``."""
+    overrides: dict[int, LayerFormats] = {}
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        indices, sign, name = part.partition("=")
+        try:
+            numbers = [int(i) for i in indices.split(",")]
+        except ValueError:
+            numbers = []
+        if not sign or not numbers or "=" in name:
+            raise UsageError(
+                f"cannot read the layer overrides '{part}'; write them like '0,-1=f16;5=iso4', each layer once and a ; "
+                "before those of another format"
+            )
+        formats = LayerFormats.parse(name.strip())
+        for number in numbers:
+            if number in overrides:
+                raise UsageError(f"the layer overrides '{text.strip()}' name layer {number} twice; name it once")
+            overrides[number] = formats
+    return overrides

@@ -10,21 +10,28 @@ from typing import Any
 import tvm
 
 from .errors import DeviceError, UsageError
+from .near_words import did_you_mean, near_words
+from .target_check import check_target
 
 KINDS = ("llvm", "cuda")
+_TAGS_ALIKE = 0.85
+"""How much a word must be like a tag to be meant as one: they share their makers' names."""
+_MOST_TAGS = 3
+"""That an error suggests."""
 
 
 def resolve_target(target: str | tvm.target.Target) -> tvm.target.Target:
     """Return a full target from what users write: ``"llvm"`` is this CPU, ``"cuda"`` the GPU at hand.
 
     Other spellings: ``"llvm -mcpu=x86-64-v3"``, a JSON object, and TVM's tags (``nvidia/nvidia-h100``).
-    Raises ``UsageError`` for another kind or one that TVM does not know, ``DeviceError`` for ``"cuda"``
-    without a GPU.
+    Raises ``UsageError`` for another kind, or a name in it that TVM or LLVM does not know (of a CPU, say),
+    ``DeviceError`` for ``"cuda"`` without a GPU.
     """
     if not isinstance(target, tvm.target.Target):
         target = _parse(target.strip())
     if target.kind.name not in KINDS:
         raise UsageError(f"target kind '{target.kind.name}' is not supported; use {' or '.join(KINDS)}")
+    check_target(target)
     if target.kind.name == "cuda" and target.host is None:
         target = target.with_host(_plain_host())
     return target
@@ -57,10 +64,26 @@ def _parse(text: str) -> tvm.target.Target:
                 "target 'cuda' means the GPU at hand and there is none here; name one, like "
                 "'nvidia/nvidia-h100' or 'cuda -arch=sm_90a', or take 'llvm', this CPU"
             ) from error
+    _check_name(text)
+    given = _attributes(text) if " " in text and not text.startswith("{") else text
     try:
-        return tvm.target.Target(_attributes(text) if " " in text and not text.startswith("{") else text)
+        return tvm.target.Target(given)
     except Exception as error:
         raise UsageError(f"unknown target '{text}': {_last_line(error)}") from error
+
+
+def _check_name(text: str) -> None:
+    """Raise ``UsageError`` unless the first word is one that TVM knows: a kind or, alone, a tag."""
+    name = text.partition(" ")[0]
+    tags = list(map(str, tvm.target.list_tags()))
+    if text.startswith("{") or name in map(str, tvm.target.Target.list_kinds()) or text in tags:
+        return
+    ending = [tag for tag in tags if tag.endswith(f"-{name.lower().rpartition('/')[2]}")]
+    near = near_words(name, KINDS) or ending[:_MOST_TAGS] or near_words(name, tags, _TAGS_ALIKE)
+    raise UsageError(
+        f"unknown target '{text}'{did_you_mean(near)}; give llvm (this CPU), cuda (this GPU), one of them with options "
+        "like 'cuda -arch=sm_90a', or a tag like nvidia/nvidia-h100"
+    )
 
 
 def _with_own_instructions(target: tvm.target.Target) -> tvm.target.Target:

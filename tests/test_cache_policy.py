@@ -64,3 +64,10 @@ def test_numbers_that_no_sequence_reaches_are_refused(digits):
     with pytest.raises(UsageError, match="recent is beyond 2147483647"):
         CachePolicy.parse(f"recent={digits}")
     assert CachePolicy.parse("recent=00000000000007").recent == 7
+
+
+def test_the_rows_of_16_bits_are_no_more_than_a_sequence_can_have():
+    most = 2**31 - 1
+    assert CachePolicy(sinks=most).slots == most
+    with pytest.raises(UsageError, match=r"'sinks=2147483647,recent=2147483647' keep 4294967326 tokens .* 2147483647"):
+        CachePolicy(sinks=most, recent=most)

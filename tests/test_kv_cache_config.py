@@ -53,6 +53,13 @@ def test_options_that_cannot_be_read(options):
         KVCacheConfig.parse(text)
 
 
+def test_an_option_that_was_misspelled():
+    with pytest.raises(UsageError, match="unknown cache option 'sink'; did you mean sinks; known: sinks"):
+        KVCacheConfig.parse("rq3,sink=4")
+    with pytest.raises(UsageError, match="unknown cache option 'centre'; did you mean center or recent; known"):
+        KVCacheConfig.parse("iso3,centre=64")
+
+
 def test_unknown_and_impossible_options():
     with pytest.raises(UsageError, match="'sinks' is given twice"):
         KVCacheConfig.parse("rq3,sinks=4,sinks=5")
@@ -81,7 +88,7 @@ def test_a_pair_is_keys_then_values():
         ("0=f16", ["f16", "iso3", "iso3", "iso3"]),
         ("0,-1=f16", ["f16", "iso3", "iso3", "f16"]),
         (" 0 , 2 = q8_0/f16 ; -1=iso4 ; ", ["q8_0/f16", "iso3", "q8_0/f16", "iso4"]),
-        ("1=f16;1=q8_0", ["iso3", "q8_0", "iso3", "iso3"]),
+        ("1=f16;2=q8_0", ["iso3", "f16", "q8_0", "iso3"]),
         ("-4=f16;3=f16", ["f16", "iso3", "iso3", "f16"]),
     ],
 )
@@ -89,11 +96,23 @@ def test_layer_overrides(layers, expected):
     assert names(KVCacheConfig.parse("iso3", layers), 4) == expected
 
 
-def test_a_positive_index_wins_over_a_negative_one():
-    assert names(KVCacheConfig.parse("iso3", "1=f16;-1=q8_0"), 2) == ["iso3", "f16"]
+@pytest.mark.parametrize(("layers", "twice"), [("0=f16;0=rq3", 0), ("1,0,1=f16", 1), ("-1=f16; 2=iso4;-1=f16", -1)])
+def test_a_layer_is_named_once(layers, twice):
+    with pytest.raises(UsageError, match=f"'{layers}' name layer {twice} twice"):
+        KVCacheConfig.parse("rq3", layers)
 
 
-@pytest.mark.parametrize("text", ["f16", "0", "=f16", "a=f16", "0.5=f16", "0,=f16", "0;1=f16"])
+def test_a_layer_is_named_once_from_either_end():
+    """Which one counts is known with the number of layers; ``0,-1=f16`` leaves nothing open for a single layer."""
+    config = KVCacheConfig.parse("iso3", "1=f16;-1=q8_0")
+    assert names(config, 3) == ["iso3", "f16", "q8_0"]
+    for index in range(2):
+        with pytest.raises(UsageError, match=r"layer 1 of 2 is f16 as 1 and q8_0 as -1 .* name it once"):
+            config.layer(index, 2)
+    assert names(KVCacheConfig.parse("iso3", "0,-1=f16"), 1) == ["f16"]
+
+
+@pytest.mark.parametrize("text", ["f16", "0", "=f16", "a=f16", "0.5=f16", "0,=f16", "0;1=f16", "0=f16,0=rq3"])
 def test_overrides_that_cannot_be_read(text):
     with pytest.raises(UsageError, match=r"cannot read the layer overrides .* write them like '0,-1=f16;5=iso4'"):
         KVCacheConfig.parse("rq3", text)
@@ -166,6 +185,12 @@ def test_what_a_format_cannot_take_stays_in_16_bits_if_asked():
     assert {index: set(reasons) for index, reasons in kept.items()} == {1: {"k"}, 2: {"v"}}
     assert "turbo3 cannot take head_dim 48" in kept[1]["k"]
     assert fitted.codecs(1, 4, 48)[0].format.name == "f16" and fitted.on_unsupported == "keep"
+
+
+def test_a_layer_counted_from_the_end_can_be_kept_in_16_bits():
+    config = dataclasses.replace(KVCacheConfig.parse("iso3", "-1=turbo3"), on_unsupported="keep")
+    fitted, kept = config.fitted([64, 48])
+    assert names(fitted, 2) == ["iso3", "f16"] and set(kept) == {1}
 
 
 def test_by_default_nothing_is_kept():

@@ -43,6 +43,27 @@ def test_other_targets_are_refused_by_name(text):
         resolve_target(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("cdua", "cuda"),
+        ("llvmm", "llvm"),
+        ("lvm -mcpu=x86-64-v3", "llvm"),
+        ("CUDA", "cuda"),
+        ("nvidia/nvidia-h10", "nvidia/nvidia-h100 or"),
+        ("H100", "nvidia/nvidia-h100"),
+    ],
+)
+def test_what_was_probably_meant(text, meant):
+    with pytest.raises(UsageError, match=f"unknown target '{text}'; did you mean {meant}.* give llvm"):
+        resolve_target(text)
+
+
+def test_what_is_like_no_target_gets_the_forms_that_there_are():
+    with pytest.raises(UsageError, match=r"unknown target 'cpu'; give llvm .* or a tag like nvidia/nvidia-h100"):
+        resolve_target("cpu")
+
+
 @pytest.mark.skipif(tvm.cuda().exist, reason="there is a CUDA device here")
 def test_cuda_without_a_device():
     with pytest.raises(DeviceError, match="sm_90a"):

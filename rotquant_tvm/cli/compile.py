@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rotquant_tvm.cli import dump_code, model_files, pass_options
 from rotquant_tvm.cli.options import add_kv_options, input_shapes, kv_cache_config, words
 from rotquant_tvm.cli.output import Output
-from rotquant_tvm.errors import UsageError
+from rotquant_tvm.errors import LogError, UsageError
 from rotquant_tvm.frontend.source_format import EXPECTED
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
     dump_code.check_dumps(artifact, arguments.dump_code)
     model = model_files.check_model(arguments.model, arguments.model_format)
     if arguments.tuning_records is not None and not arguments.tuning_records.is_dir():
-        raise UsageError(f"--tuning-records: {arguments.tuning_records} is no folder; see tvmc logs list")
+        raise LogError(f"--tuning-records: {arguments.tuning_records} is no folder; see tvmc logs list")
     linker_command()
     with output.steps(_STEPS, "load TVM") as step:
         step("load TVM")

@@ -22,6 +22,7 @@ from typing import Any
 
 from rotquant_tvm.cli.unknown_words import suggestion
 from rotquant_tvm.errors import UsageError
+from rotquant_tvm.near_words import did_you_mean, near_words
 
 OPTION = "--config"
 MAX_BYTES = 1 << 20
@@ -66,7 +67,8 @@ def _options(path: Path, name: str, commands: Mapping[str, argparse.ArgumentPars
     common = {key: value for key, value in content.items() if key not in tables}
     for key, table in tables.items():
         if key not in commands:
-            raise UsageError(f"{path}: there is no command {key!r}; known: {', '.join(commands)}")
+            meant = did_you_mean(near_words(key, commands))
+            raise UsageError(f"{path}: there is no command {key!r}{meant}; known: {', '.join(commands)}")
         _check_known(path, table, {key: commands[key]})
     _check_known(path, common, commands)
     known = _long_options(commands[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,19 @@ def check_file(path: Path, option: str) -> None:
         os.unlink(name)
     except OSError as error:
         raise UsageError(f"{option}: cannot write {path}: {error.strerror or error}") from error
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Raise UsageError, naming ``option``, if the folder ``path`` could not be made, or nothing written into it."""
+    final = path.resolve()
+    try:
+        there = next(folder for folder in (final, *final.parents) if folder.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
+        # What the permission bits say is not all: file systems may be read-only or refuse new entries.
+        os.rmdir(tempfile.mkdtemp(dir=there, prefix=".tvmc-", suffix=".partial"))
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write into {final}: {error.strerror or error}") from error
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], option: str) -> None:

@@ -38,11 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace, output: Output) -> None:
-    """Show the formats asked for; raises FormatError for an unknown one."""
+    """Show the formats asked for; raises FormatError for an unknown one and for a head dimension that none takes."""
     from rotquant_tvm.formats import KVFormat, known_formats
 
     names = arguments.formats or list(known_formats())
     dims = arguments.head_dims
+    _check_head_dims(dims)
     described = [_describe(name, KVFormat.parse(name), dims) for name in names]
     presets = [_describe_preset(entry) for entry in described if entry["preset"]]
     columns = ["format", "rotation", "gain", "head dims", "bits"]
@@ -76,6 +77,16 @@ def _shown_name(entry: dict[str, Any]) -> str:
 
 def _head_dims(text: str) -> list[int]:
     return [integer(1)(word) for word in words()(text)]
+
+
+def _check_head_dims(dims: list[int]) -> None:
+    from rotquant_tvm.errors import FormatError
+    from rotquant_tvm.formats import HEAD_DIMS
+    from rotquant_tvm.formats.kv_format import TAKEN_HEAD_DIMS
+
+    for dim in dims:
+        if dim not in HEAD_DIMS:
+            raise FormatError(f"--head-dims: no format takes head_dim {dim}; {TAKEN_HEAD_DIMS}")
 
 
 def _describe_preset(entry: dict[str, Any]) -> dict[str, str]:

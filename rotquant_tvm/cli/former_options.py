@@ -15,6 +15,10 @@ ONE_FORM = f"{RELAX}: there is one executor and one runtime, so leave the option
 LAYOUT = "decoders have no layout of images to choose; leave it out"
 PRECISION = "the type of weights and arithmetic is chosen with --dtype float16 (or bfloat16, float32)"
 SEARCH = "MetaSchedule has taken the place of AutoTVM and the auto-scheduler; leave it out"
+TUNER = (
+    "it chose one of AutoTVM's searches; the one search of MetaSchedule replaces them all: leave it out, and say with "
+    "--trials, --trials-per-task and --early-stopping how long to search"
+)
 HARDWARE = "the target says what the hardware has: --target 'cuda -arch=sm_90a', 'llvm -mcpu=x86-64-v4', a tag or JSON"
 MICRO = "microTVM is gone from TVM; artifacts run wherever TVM's runtime does (examples/deploy_cpp)"
 REMOTE = "artifacts run where they lie: copy the folder there; tvmc tune --rpc-tracker still measures on other machines"
@@ -43,7 +47,7 @@ _COMPILE = {
 }
 _TUNE = {
     "--enable-autoscheduler": SEARCH,
-    "--tuner": SEARCH,
+    "--tuner": TUNER,
     "--include-simple-tasks": "which tasks are tuned is said with --tasks; --tasks list shows them",
     "--log-estimated-latency": "the log says of each record how long its kernel takes; see tvmc logs list",
     "--cache-line-bytes": HARDWARE,

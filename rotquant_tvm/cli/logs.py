@@ -9,7 +9,7 @@ For example:
 
 A path is the log of one device or a folder of such logs. Without one, list and check take every log that tvmc compile
 would look at: the user's, then those that come with the package. merge keeps the faster of two records of one task; of
-two kernels that of this version, else the newer one's.
+two kernels that of this version, else the newer one's. It takes no log with records that no tuning can have left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from rotquant_tvm.cli.output import Output, table
-from rotquant_tvm.errors import RotQuantError, UsageError
+from rotquant_tvm.errors import LogError, RotQuantError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,19 +51,19 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
         raise UsageError("diff needs two logs: the old one and the new one")
     for path in arguments.paths:
         if not path.is_dir():
-            raise UsageError(f"{path} is no folder; give a tuning log or a folder of them")
+            raise LogError(f"{path} is no folder; give a tuning log or a folder of them")
     {"list": _list, "check": _check, "diff": _diff, "merge": _merge}[arguments.action](arguments, output)
 
 
 def _folders(paths: list[Path]) -> list[Path]:
-    """The log folders at the paths, by default those that compile looks at. Raises UsageError for a path without."""
+    """The log folders at the paths, by default those that compile looks at. Raises LogError for a path without."""
     from rotquant_tvm.tuning.log_folders import log_folders, packaged_logs, user_logs
 
     folders = []
     for path in paths or [user_logs(), packaged_logs()]:
         found = log_folders(path)
         if not found and paths:
-            raise UsageError(f"{path} has no tuning log: neither manifest.json nor folders with one")
+            raise LogError(f"{path} has no tuning log: neither manifest.json nor folders with one")
         folders += found
     return folders
 
@@ -78,10 +78,10 @@ def _list(arguments: argparse.Namespace, output: Output) -> None:
     for folder in _folders(arguments.paths):
         try:
             log = read_log(folder)
-        except UsageError as error:
+        except LogError as error:
             if arguments.paths:
                 raise
-            output.note(escape(f"{error}; tvmc logs check says more"))  # the others serve a compile all the same
+            output.note(f"{error}; tvmc logs check says more")  # the others serve a compile all the same
             continue
         stale = [is_stale(record, log.device["kind"]) for record in log.records]
         logs.append(_described(log, stale))
@@ -141,19 +141,20 @@ def _diff(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _merge(arguments: argparse.Namespace, output: Output) -> None:
+    from rotquant_tvm.tuning.log_check import read_sound_log
     from rotquant_tvm.tuning.log_diff import check_same_device
     from rotquant_tvm.tuning.log_folders import is_log
-    from rotquant_tvm.tuning.log_store import read_log, write_log
+    from rotquant_tvm.tuning.log_store import write_log
 
     root = arguments.output.resolve()
     if is_log(root):
         raise UsageError(f"{root} is the log of one device; -o names the folder that holds such logs")
     merged: dict[str, TuningLog] = {}
     for folder in _folders(arguments.paths):
-        log = read_log(folder)
+        log = read_sound_log(folder)
         old = merged.get(log.slug)
         if old is None and is_log(root / log.slug):
-            old = read_log(root / log.slug)
+            old = read_sound_log(root / log.slug)
         if old is not None:
             check_same_device(old, log)
         merged[log.slug] = _joined(old or replace(log, entries=()), log)

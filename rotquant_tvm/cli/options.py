@@ -7,17 +7,21 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rotquant_tvm.cli.config_file import add_config_option
+from rotquant_tvm.cli.unknown_words import unknown_choice
 from rotquant_tvm.errors import UsageError
 from rotquant_tvm.input_shapes import fixed_batch, parse_input_shapes
+from rotquant_tvm.near_words import did_you_mean, near_words
 
 if TYPE_CHECKING:
     from rotquant_tvm.kv_cache_config import KVCacheConfig
 
 _POLICY_OPTIONS = ("sinks", "recent", "center", "defer")
 """Each is a flag --kv-NAME; ``cache_policy`` explains them, but needs NumPy."""
+_LONGEST = 40
+"""Of what an error shows of a number."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +30,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the usage error."""
         raise UsageError(f"{message}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a command or another word that is none of those known, saying which was probably meant."""
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown_choice(value, action.choices))
 
 
 def common_options() -> Parser:
@@ -76,7 +85,7 @@ def add_kv_options(parser: argparse.ArgumentParser, capacity: bool = True) -> No
         group.add_argument(
             "--kv-capacity",
             metavar="N",
-            type=integer(1),
+            type=tokens(1),
             default=4096,
             help="tokens per sequence of a session that names no capacity (default: 4096)",
         )
@@ -88,14 +97,14 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
         "KV cache policy", "Presets (rq2, rq3, rq4) bring one; these replace parts of it."
     )
     group.add_argument(
-        "--kv-sinks", metavar="N", type=integer(0), help="the first N tokens of a sequence stay in 16 bits"
+        "--kv-sinks", metavar="N", type=tokens(0), help="the first N tokens of a sequence stay in 16 bits"
     )
-    group.add_argument("--kv-recent", metavar="N", type=integer(0), help="at least the newest N tokens are in 16 bits")
+    group.add_argument("--kv-recent", metavar="N", type=tokens(0), help="at least the newest N tokens are in 16 bits")
     center = group.add_mutually_exclusive_group()
     center.add_argument(
         "--kv-center",
         metavar="N",
-        type=integer(32),
+        type=tokens(32),
         help="quantize K in blocks of N tokens less their mean; N is a multiple of 32",
     )
     center.add_argument(
@@ -104,7 +113,7 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-defer",
         metavar="N",
-        type=integer(0),
+        type=tokens(0),
         help="N further 16-bit slots, filled by prefill before it quantizes; the first decode step empties them",
     )
 
@@ -168,17 +177,30 @@ def input_shapes(text: str) -> dict[str, list[int]]:
     return shapes
 
 
-def integer(least: int) -> Callable[[str], int]:
-    """Return the argument type of an integer of ``least`` or more."""
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the argument type of an integer of ``least`` or more, and of ``most`` or less."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not an integer") from None
+            raise argparse.ArgumentTypeError(f"{text[:_LONGEST]!r} is not an integer") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is too small; give {least} or more")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{text[:_LONGEST]} is too large; give {most} or less")
         return value
+
+    return parse
+
+
+def tokens(least: int) -> Callable[[str], int]:
+    """Return the argument type of a number of tokens: ``least`` or more, and no more than a sequence can have."""
+
+    def parse(text: str) -> int:
+        from rotquant_tvm.cache_policy import MOST_TOKENS
+
+        return integer(least, MOST_TOKENS)(text)
 
     return parse
 
@@ -207,7 +229,8 @@ def words(*choices: str) -> Callable[[str], list[str]]:
         unknown = [word for word in found if choices and word not in choices]
         if unknown or not found:
             known = f"; known: {', '.join(choices)}" if choices else ""
-            raise argparse.ArgumentTypeError(f"unknown '{unknown[0]}'{known}" if unknown else f"empty{known}")
+            near = did_you_mean(near_words(unknown[0], choices)) if unknown else ""
+            raise argparse.ArgumentTypeError(f"unknown '{unknown[0]}'{near}{known}" if unknown else f"empty{known}")
         return list(dict.fromkeys(found))
 
     return parse

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rotquant_tvm.cli.files import check_file
-from rotquant_tvm.cli.options import integer, number
+from rotquant_tvm.cli.options import integer, number, tokens
 from rotquant_tvm.cli.output import Output
 from rotquant_tvm.errors import ArtifactError, KVCacheFull, UsageError
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="ARTIFACT", help="a folder written by tvmc compile")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: what it was compiled for)")
     parser.add_argument(
-        "--kv-capacity", metavar="N", type=integer(1), help="tokens per sequence (default: the artifact's)"
+        "--kv-capacity", metavar="N", type=tokens(1), help="tokens per sequence (default: the artifact's)"
     )
     _add_prompt_options(parser.add_argument_group("generation"))
     tensors = parser.add_argument_group("tensors")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotquant_tvm.benchmark.settings import BatchShape
-from rotquant_tvm.cli import model_files
+from rotquant_tvm.cli import model_files, tune_checks
 from rotquant_tvm.cli.options import add_kv_options, integer, kv_cache_config, number, words
 from rotquant_tvm.cli.output import Advance, Output, table
 from rotquant_tvm.cli.tune_progress import tuning_progress
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tvm.target import Target
 
     from rotquant_tvm import KVCacheConfig
+    from rotquant_tvm.tuning.remote_measuring import RemoteDevice
     from rotquant_tvm.tuning.tune import TuningOptions, TuningResult
     from rotquant_tvm.tuning.tuning_task import TuningTask
 
@@ -110,23 +111,27 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace, output: Output) -> None:
-    """Tune; every cheap check comes before torch and TVM are loaded."""
+    """Tune; every cheap check comes before torch and TVM are loaded, every other one before the model is."""
     configs = _configs(arguments)
+    tune_checks.check_words(arguments)
     model = None if arguments.model is None else model_files.check_model(arguments.model, arguments.model_format)
-    if (arguments.rpc_tracker is None) != (arguments.rpc_key is None):
-        raise UsageError("--rpc-tracker and --rpc-key belong together; give both")
     with output.steps(None, "load TVM") as step:
         step("load TVM")
-        tasks = _tasks(arguments, model, configs, step)
+        from rotquant_tvm.target import resolve_target
+
+        target = resolve_target(arguments.target)
+        tune_checks.check_operators(arguments, target)
+        remote = tune_checks.device_to_measure_on(arguments, target)
+        tasks = _tasks(arguments, model, configs, target, step)
     if arguments.tasks == "list":
         output.result({"tasks": [_described(task) for task in tasks]}, _task_table(tasks))
         return
     from rotquant_tvm.tuning.log_folders import user_logs
-    from rotquant_tvm.tuning.task_sources import selected_tasks
+    from rotquant_tvm.tuning.task_selection import TaskSelection
     from rotquant_tvm.tuning.tune import tune
 
-    tasks = selected_tasks(tasks, arguments.tasks)
-    options = _options(arguments, tasks)
+    tasks = TaskSelection.parse(arguments.tasks).of(tasks)
+    options = _options(arguments, remote)
     root = (arguments.output or user_logs()).resolve()
     try:
         with tuning_progress(output, f"start the workers for {len(tasks)} tasks") as told:
@@ -161,15 +166,12 @@ def _configs(arguments: argparse.Namespace) -> list[KVCacheConfig]:
 
 
 def _tasks(
-    arguments: argparse.Namespace, model: Path | None, configs: list[KVCacheConfig], step: Advance
+    arguments: argparse.Namespace, model: Path | None, configs: list[KVCacheConfig], target: Target, step: Advance
 ) -> list[TuningTask]:
-    from rotquant_tvm.target import resolve_target
     from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
     from rotquant_tvm.tuning.task_sources import model_definitions, pass_definitions, vector_definitions
     from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
-    target = resolve_target(arguments.target)
-    _check_device(arguments, target)
     dtype = arguments.dtype or ("float16" if model is None and target.kind.name == "cuda" else "float32")
     heads = {name: getattr(arguments, name) for name in ("heads", "kv_heads", "head_dim")}
     attention = AttentionHeads(**{name: value for name, value in heads.items() if value is not None}, dtype=dtype)
@@ -203,26 +205,11 @@ def _imported(model: Path, dtype: str) -> IRModule:
     return from_config(config, dtype=dtype).mod
 
 
-def _check_device(arguments: argparse.Namespace, target: Target) -> None:
-    """Raise DeviceError before any work if the device to measure on is not there."""
-    if arguments.tasks == "list" or arguments.rpc_tracker is not None or target.kind.name != "cuda":
-        return
-    import tvm
-
-    from rotquant_tvm.errors import DeviceError
-
-    if not tvm.cuda(0).exist:
-        raise DeviceError("there is no CUDA device to measure on; --tasks list and --rpc-tracker work without one")
-
-
-def _options(arguments: argparse.Namespace, tasks: list[TuningTask]) -> TuningOptions:
+def _options(arguments: argparse.Namespace, remote: RemoteDevice | None) -> TuningOptions:
     from rotquant_tvm.tuning.kernel_timer import Timing
-    from rotquant_tvm.tuning.remote_measuring import RemoteDevice
     from rotquant_tvm.tuning.tune import TuningOptions
 
-    kind = tasks[0].target.kind.name if tasks else ""
     parallel = {} if arguments.parallel is None else {"parallel": arguments.parallel}
-    tracker = arguments.rpc_tracker
     return TuningOptions(
         trials_per_task=arguments.trials_per_task,
         trials=arguments.trials,
@@ -230,7 +217,7 @@ def _options(arguments: argparse.Namespace, tasks: list[TuningTask]) -> TuningOp
         early_stopping=arguments.early_stopping,
         timing=Timing(arguments.number, arguments.repeat, arguments.min_repeat_ms),
         timeout=arguments.timeout,
-        remote=None if tracker is None else RemoteDevice.parse(tracker, arguments.rpc_key, kind),
+        remote=remote,
         seed=arguments.seed,
         **parallel,
     )

@@ -1,12 +1,15 @@
-"""Words of a command line that its grammar has no place for: which options were probably meant."""
+"""Words of a command line that its grammar has no place for: which were probably meant."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rotquant_tvm.errors import UsageError
+from rotquant_tvm.near_words import did_you_mean, near_words
+
+_ALIKE = 0.75
+"""How much options must be alike: they share their dashes and first words."""
 
 
 def option_names(parser: argparse.ArgumentParser) -> list[str]:
@@ -28,9 +31,15 @@ def unknown_words(command: str, words: Sequence[str], known: Sequence[str]) -> U
     return UsageError(f"tvmc {command} has no option {option}{suggestion(option, known)}; {see}")
 
 
+def unknown_choice(value: object, choices: Iterable[object]) -> str:
+    """What an error says of a value that is none of an argument's ``choices``."""
+    known = [str(choice) for choice in choices]
+    near = did_you_mean(near_words(str(value), known))
+    return f"invalid choice: {str(value)!r}{near} (choose from {', '.join(known)})"
+
+
 def suggestion(option: str, known: Sequence[str]) -> str:
     """``"; did you mean …"``, with options that are spelled alike or that end in the words of this one, or nothing."""
     ending = [name for name in known if option.strip("-") and name.endswith(f"-{option.lstrip('-')}")]
-    close = difflib.get_close_matches(option, known, n=3, cutoff=0.75) if option.startswith("--") else []
-    near = list(dict.fromkeys([*ending, *close]))[:3]
-    return f"; did you mean {' or '.join(near)}" if near else ""
+    close = near_words(option, known, _ALIKE) if option.startswith("--") else []
+    return did_you_mean(list(dict.fromkeys([*ending, *close]))[:3])

@@ -41,6 +41,8 @@ _CODEBOOK_GAINS = {
 }
 TRELLIS_SUFFIX = "+tcq"
 """What is appended to the spelling of a lloyd format of 2 to 4 bits to code it on a trellis."""
+TAKEN_HEAD_DIMS = "KV formats take multiples of 16 from 32 to 256, and 512"
+"""``HEAD_DIMS`` in words."""
 
 _UNROTATED = ("half", "bfloat16", "linear")
 _TURBOQUANT = ("turbo", "dense")
@@ -117,8 +119,8 @@ class KVFormat:
         """Raise ``FormatError`` if the format cannot take a head dimension, saying what to use instead."""
         if head_dim not in HEAD_DIMS:
             raise FormatError(
-                f"{self.name} cannot take head_dim {head_dim}: KV formats take multiples of 16 from 32 to 256, "
-                "and 512, and no format takes another; use a model with such heads"
+                f"{self.name} cannot take head_dim {head_dim}: {TAKEN_HEAD_DIMS}, and no format takes another; "
+                "use a model with such heads"
             )
         if self.codebook == "trellis" and head_dim not in TRELLIS_HEAD_DIMS:
             raise FormatError(

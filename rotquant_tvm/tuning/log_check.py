@@ -1,14 +1,19 @@
-"""Checking a tuning log: that the files agree, that TVM reads them, and that the kernels are still those recorded."""
+"""Checking a tuning log: that the files agree, that TVM reads them, and that the kernels are still those recorded.
+
+What is *unsound* no tuning can have left: files that disagree, times that are none, knobs that the kernel never had. A
+log of another version of a kernel or of the tile layout, or in a folder by another name, has a problem and is sound.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.database import TuningRecord, Workload
 
-from ..errors import DeviceError, UsageError
+from ..errors import DeviceError, LogError
 from ..formats import VERSION as LAYOUT_VERSION
 from ..schedules.knobs import knob_values, rule_named
 from .isolated import call_isolated
@@ -32,24 +37,42 @@ def log_problems(folder: Path) -> list[str]:
     """Say what is wrong with a log, in a line each; none if all is well."""
     try:
         log = read_log(folder)
-    except UsageError as error:
+    except LogError as error:
         return [str(error)]
     problems = []
     if log.slug != folder.resolve().name:
         problems.append(f"the folder is called {folder.resolve().name}, and its device {log.slug}")
     if log.layout_version != LAYOUT_VERSION:
         problems.append(f"tuned for tile layout {log.layout_version}; this is {LAYOUT_VERSION}")
-    problems += _tvm_problems(folder, log)
-    for number, entry in enumerate(log.entries):
-        found = _entry_problems(entry, log.device["kind"])
-        problems += [f"{_name(number, entry.record)}: {problem}" for problem in found]
-    return problems
+    return problems + _unsound(folder, log) + _of_records(log, _version_problems)
+
+
+def read_sound_log(folder: Path) -> TuningLog:
+    """Read a log whose records may go into another one. Raises ``LogError`` for an unsound one, too."""
+    log = read_log(folder)
+    if problems := _unsound(folder, log):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise LogError(f"{folder}: {problems[0]}{more}; tvmc logs check {folder} names all; tune again")
+    return log
 
 
 def is_stale(record: LogRecord, kind: str) -> bool:
     """Whether the code of a record's kernel has changed on a kind of target, or there is no rule for it any more."""
     rule = rule_named(record.operator, kind)
     return rule is None or rule.__name__ != record.rule or kernel_hash(rule) != record.kernel_hash
+
+
+def _unsound(folder: Path, log: TuningLog) -> list[str]:
+    return _tvm_problems(folder, log) + _of_records(log, _entry_problems)
+
+
+def _of_records(log: TuningLog, find: Callable[[LogEntry, str], list[str]]) -> list[str]:
+    """What ``find`` says of a log's entries on its kind of target, with the names of the records."""
+    return [
+        f"{_name(number, entry.record)}: {problem}"
+        for number, entry in enumerate(log.entries)
+        for problem in find(entry, log.device["kind"])
+    ]
 
 
 def _name(number: int, record: LogRecord) -> str:
@@ -92,6 +115,7 @@ def _workload_problem(entry: LogEntry) -> str:
 
 
 def _entry_problems(entry: LogEntry, kind: str) -> list[str]:
+    """What no version of the kernel can have left."""
     record = entry.record
     try:
         knobs, seconds = traced_knobs(entry.tuning_record), typical_seconds(run_seconds(entry.tuning_record))
@@ -102,15 +126,20 @@ def _entry_problems(entry: LogEntry, kind: str) -> list[str]:
         problems.append(f"its trace chooses {knobs}, the manifest says {dict(record.knobs)}")
     if abs(seconds / record.seconds - 1) > 1e-3:
         problems.append(f"it took {seconds} s, the manifest says {record.seconds}")
-    return [*problems, *_rule_problems(record, kind, knobs)]
+    return problems if is_stale(record, kind) else problems + _unknown_knobs(record, kind)
 
 
-def _rule_problems(record: LogRecord, kind: str, knobs: dict[str, int]) -> list[str]:
-    rule = rule_named(record.operator, kind)
+def _version_problems(entry: LogEntry, kind: str) -> list[str]:
+    """What is wrong with a record because its kernel is another one by now."""
+    record, rule = entry.record, rule_named(entry.record.operator, kind)
     if rule is None or rule.__name__ != record.rule:
         return [f"there is no rule {record.rule} any more"]
-    values = knob_values(rule)
-    unknown = [f"{name}={value}" for name, value in knobs.items() if value not in values.get(name, ())]
-    if unknown:
-        return [f"the rule does not know {', '.join(unknown)}"]
-    return [STALE] if is_stale(record, kind) else []
+    return [*_unknown_knobs(record, kind), STALE] if is_stale(record, kind) else []
+
+
+def _unknown_knobs(record: LogRecord, kind: str) -> list[str]:
+    """Knobs of a record that the rule of its operator, which there is, does not have or does not take."""
+    rule = rule_named(record.operator, kind)
+    values = {} if rule is None else knob_values(rule)
+    unknown = [f"{name}={value}" for name, value in record.knobs.items() if value not in values.get(name, ())]
+    return [f"the rule does not know {', '.join(unknown)}"] if unknown else []

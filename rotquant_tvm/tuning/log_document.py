@@ -86,12 +86,20 @@ def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
 
+def _not_negative(value: Any) -> bool:
+    return _number(value) and value >= 0
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _count(value: Any) -> bool:
+    return _integer(value) and value >= 0
 
 
 def _texts(value: Any) -> bool:
@@ -139,12 +147,12 @@ _RECORD: Mapping[str, Callable[[Any], bool]] = {
     "knobs": _integers,
     "seconds": _positive,
     "rule_seconds": _or_none(_positive),
-    "nbytes": _integer,
-    "share": _or_none(_number),
-    "trials": _integer,
+    "nbytes": _count,
+    "share": _or_none(_not_negative),
+    "trials": _count,
     "date": _texts,
 }
-_RECORD_OPTIONAL: Mapping[str, Callable[[Any], bool]] = {"flops": _integer}
+_RECORD_OPTIONAL: Mapping[str, Callable[[Any], bool]] = {"flops": _count}
 _LOG_OPTIONAL: Mapping[str, Callable[[Any], bool]] = {"product_rate": _or_none(_positive)}
 """What logs of earlier versions do not have."""
 _DEVICE: Mapping[str, Callable[[Any], bool]] = {
@@ -158,7 +166,7 @@ _LOG: Mapping[str, Callable[[Any], bool]] = {
     "device": lambda value: isinstance(value, dict),
     "target": _target,
     "tvm": _texts,
-    "layout_version": _integer,
+    "layout_version": _count,
     "copy_bandwidth": _or_none(_positive),
     "records": lambda value: isinstance(value, list) and all(isinstance(part, dict) for part in value),
 }

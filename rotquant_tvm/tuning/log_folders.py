@@ -6,7 +6,7 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import LogError
 
 FORMAT, VERSION = "rotquant-tvm-tuning-log", 1
 MANIFEST_FILE = "manifest.json"
@@ -54,9 +54,9 @@ def log_folders(path: Path) -> list[Path]:
 
 
 def log_roots(given: Path | None = None) -> list[Path]:
-    """The folders that a compile looks into, in order. Raises ``UsageError`` if the ``given`` one has no log."""
+    """The folders that a compile looks into, in order. Raises ``LogError`` if the ``given`` one has no log."""
     if given is not None and not log_folders(given):
-        raise UsageError(f"{given} has no tuning log: neither {MANIFEST_FILE} nor folders with one; see tvmc logs list")
+        raise LogError(f"{given} has no tuning log: neither {MANIFEST_FILE} nor folders with one; see tvmc logs list")
     return [*([given] if given is not None else []), user_logs(), packaged_logs()]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..durable import make_folder, replace_file
-from ..errors import UsageError
+from ..errors import LogError, UsageError
 from .kernel_shape import KernelShape
 from .log_document import MalformedLogError, check_manifest, parse, parse_lines, read_text
 from .log_folders import FORMAT, MANIFEST_FILE, PENDING_FILE, RECORD_FILE, VERSION, WORKLOAD_FILE
@@ -123,27 +123,27 @@ def _supersedes(new: LogRecord, old: LogRecord, stale: Callable[[LogRecord], boo
 
 
 def read_log(folder: Path) -> TuningLog:
-    """Read a log. Raises ``UsageError`` naming what is damaged, or a version that this one cannot read."""
+    """Read a log. Raises ``LogError`` naming what is damaged, or a version that this one cannot read."""
     manifest = folder / MANIFEST_FILE
     try:
         texts = _texts(folder)
         document = parse(texts[MANIFEST_FILE], MANIFEST_FILE)
         if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
             found = f"{document.get('format')} {document.get('version')}" if isinstance(document, dict) else "none"
-            raise UsageError(f"{manifest}: version {VERSION} of {FORMAT} is read, this is {found:.60}; tune again")
+            raise LogError(f"{manifest}: version {VERSION} of {FORMAT} is read, this is {found:.60}; tune again")
         check_manifest(document)
         records = [_checked(LogRecord(**record), number) for number, record in enumerate(document["records"])]
         workloads, lines = (parse_lines(texts[name], name) for name in (WORKLOAD_FILE, RECORD_FILE))
         if len(lines) != len(records):
-            raise UsageError(f"{folder}: {len(records)} records in {MANIFEST_FILE}, {len(lines)} in {RECORD_FILE}")
+            raise LogError(f"{folder}: {len(records)} records in {MANIFEST_FILE}, {len(lines)} in {RECORD_FILE}")
         entries = [_entry(*pair, workloads) for pair in zip(records, lines, strict=True)]
         names = ("device", "target", "tvm", "layout_version", "copy_bandwidth")
         given = {name: document[name] for name in names} | {"product_rate": document.get("product_rate")}
         return TuningLog(**given, entries=tuple(entries), path=folder)
     except OSError as error:
-        raise UsageError(f"{folder} is no tuning log: {error.strerror or error} ({error.filename})") from error
+        raise LogError(f"{folder} is no tuning log: {error.strerror or error} ({error.filename})") from error
     except MalformedLogError as error:
-        raise UsageError(f"{folder} is a damaged tuning log ({error}); tune again") from error
+        raise LogError(f"{folder} is a damaged tuning log ({error}); tune again") from error
 
 
 def _texts(folder: Path) -> dict[str, str]:
@@ -209,7 +209,10 @@ def write_log(folder: Path, log: TuningLog) -> None:
 
 
 def finish_write(folder: Path) -> None:
-    """Finish what a process that was ended had begun to write; damaged files stay. Raises ``UsageError``."""
+    """Finish what a process that was ended had begun to write; damaged files stay.
+
+    Raises ``LogError`` for these, ``UsageError`` if it cannot.
+    """
     remove_leftovers(folder)
     if (folder / PENDING_FILE).exists():
         write_log(folder, read_log(folder))

@@ -11,7 +11,7 @@ import tvm
 from tvm import tirx
 from tvm.target import Target
 
-from ..errors import UsageError
+from ..errors import LogError
 from ..schedules.knobs import Knobs, knob_values, knobs_at, rule_of
 from .device_identity import arch_of, cpu_levels, device_slug, same_arch, slug_of
 from .kernel_hash import kernel_hash
@@ -60,7 +60,7 @@ class TuningRecords:
     """The records that serve a target.
 
     ``given``: a root of log folders, or one of them, looked into before the user's and the packaged logs. ``warnings``
-    collects what could not be used. Raises ``UsageError`` for a ``given`` folder without a log.
+    collects what could not be used. Raises ``LogError`` for a ``given`` folder without a log.
     """
 
     target: Target
@@ -174,7 +174,7 @@ class TuningRecords:
             for folder in log_folders(root):
                 try:
                     log = _cached_log(folder, (folder / MANIFEST_FILE).stat().st_mtime_ns)
-                except (UsageError, OSError) as error:
+                except (LogError, OSError) as error:
                     self.warnings.append(str(error))
                     continue
                 rank = log_rank(log, self.target)

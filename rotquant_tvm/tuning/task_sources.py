@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import tvm
 from tvm import tirx
 from tvm.target import Target
 
-from ..errors import UsageError
 from ..kv_cache_config import KVCacheConfig
 from ..ops.site_shape import OP_ATTR
 from .model_functions import model_functions
-from .tuning_task import TuningTask
 
 
 def model_definitions(mod: tvm.IRModule, config: KVCacheConfig, target: Target) -> list[tirx.PrimFunc]:
@@ -60,23 +57,11 @@ def vector_definitions(formats: Iterable[str], head_dim: int, dtype: str, target
     return [operator(codec, dtype, axes) for codec in codecs for operator in operators]
 
 
-def selected_tasks(tasks: Sequence[TuningTask], selection: str) -> list[TuningTask]:
-    """The tasks that ``all``, ``0,2-4`` or parts of their names name. Raises ``UsageError``."""
-    if selection == "all":
-        return list(tasks)
-    chosen: dict[int, None] = {}
-    for word in filter(None, (part.strip() for part in selection.split(","))):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-        if span is not None:
-            first, last = int(span[1]), int(span[2] or span[1])
-            if first > last or last >= len(tasks):
-                raise UsageError(f"--tasks {word}: there are tasks 0 to {len(tasks) - 1}; see --tasks list")
-            chosen |= dict.fromkeys(range(first, last + 1))
-        else:
-            named = [index for index, task in enumerate(tasks) if word.lower() in task.name.lower()]
-            if not named:
-                raise UsageError(f"--tasks {word}: no task has that in its name; see --tasks list")
-            chosen |= dict.fromkeys(named)
-    if not chosen:
-        raise UsageError("--tasks is empty; give list, all, numbers like 0,2-4, or parts of names")
-    return [tasks[index] for index in sorted(chosen)]
+def operators_of(target: Target) -> set[str]:
+    """The operators, of the cache and of a model, that there are rules for on a kind of target."""
+    from ..schedules import gpu_kv_kernels, vector_kv_kernels
+    from ..schedules.model_kernels import MODEL_RULES
+
+    kind = target.kind.name
+    rules = gpu_kv_kernels.RULES if kind == "cuda" else vector_kv_kernels.RULES
+    return {*rules, *(operator for operator, each in MODEL_RULES if each == kind)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..durable import make_folder
-from ..errors import UsageError
+from ..errors import LogError, UsageError
 from .log_document import MalformedLogError, parse, read_text
 from .log_folders import RECORD_FILE, WORKLOAD_FILE
 from .log_store import remove_leftovers, write_whole
@@ -113,7 +113,10 @@ def _sound_lines(path: Path, read: Callable[[Any], None]) -> list[str]:
 
 @contextmanager
 def open_trials(folder: Path) -> Iterator[TrialFiles]:
-    """Open the trials in a folder, or begin them; raises ``UsageError`` if another process has them open."""
+    """Open the trials in a folder, or begin them.
+
+    Raises ``UsageError`` if another process has them open or they cannot be written, ``LogError`` for damaged ones.
+    """
     try:
         make_folder(folder)
         lock = (folder / ".lock").open("w")
@@ -126,6 +129,8 @@ def open_trials(folder: Path) -> Iterator[TrialFiles]:
             raise UsageError(f"{folder} is in use by another tuning; choose another output") from error
         try:
             found = TrialFiles(folder)
-        except (OSError, MalformedLogError) as error:
+        except OSError as error:
             raise UsageError(f"cannot open the trials in {folder}: {error}") from error
+        except MalformedLogError as error:
+            raise LogError(f"{folder} holds damaged trials ({error}); remove that folder and tune again") from error
         yield found

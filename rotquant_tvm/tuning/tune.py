@@ -79,7 +79,7 @@ def tune(
 
     A run that is interrupted, killed or out of time or disk leaves a log of what it had measured, or trials that the
     same call makes a log of: it goes on from there. Raises ``DeviceError`` if the device cannot be used, ``UsageError``
-    for a folder that cannot be written, is in use or holds a damaged log.
+    for a folder that cannot be written or is in use, ``LogError`` for one that holds a damaged log.
     """
     options = options or TuningOptions()
     if not tasks:

@@ -155,6 +155,11 @@ def test_cuda_code_of_a_gpu_that_is_not_here(model, tmp_path, tvmc, monkeypatch)
         (["--kv-layers", "0,-1"], "'0,-1'"),
         (["--kv-layers", "x=f16"], "'x=f16'"),
         (["--kv-layers", "0=iso9"], "iso9"),
+        (["--kv-layers", "0=f16;0=rq3"], "name layer 0 twice"),
+        (["--kv-layers", "0=f16,0=rq3"], "write them like '0,-1=f16;5=iso4'"),
+        (["--kv-cache", "rq3,sink=4"], "did you mean sinks"),
+        (["--kv-capacity", "1000000000000000"], "give 2147483647 or less"),
+        (["--kv-sinks", "2147483000", "--kv-recent", "2147483000"], "beyond 2147483647"),
         (["--pass-config", "tirx.disable_vectorize"], "=true"),
         (["-o", ""], "empty"),
         (["--input-shapes", "ids:1,-1"], "ids:[1,-1]"),
@@ -172,7 +177,7 @@ def test_bad_options_are_refused_before_the_model_is_looked_at(tvmc, tmp_path, o
 def test_tuning_records_that_are_not_there_are_refused(tvmc, model, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, fragment in (("nowhere", "is no folder"), ("empty", "has no tuning log")):
-        line = refused(tvmc, 2, model, "--tuning-records", tmp_path / folder, "-o", tmp_path / "a.rq")
+        line = refused(tvmc, 4, model, "--tuning-records", tmp_path / folder, "-o", tmp_path / "a.rq")
         assert fragment in line and folder in line
     assert os.listdir(tmp_path) == ["empty"]
 
@@ -194,6 +199,9 @@ def test_without_a_compiler_nothing_is_compiled(tvmc, model, tmp_path, monkeypat
         (["--target", "vulkan"], "llvm or cuda"),
         (["--target", "quantum"], "quantum"),
         (["--target", "llvm mcpu=x"], "mcpu=x"),
+        (["--target", "llvmm"], "unknown target 'llvmm'; did you mean llvm"),
+        (["--target", "llvm -mcpu=skylak"], "unknown CPU -mcpu=skylak; did you mean skylake"),
+        (["--target", "cuda -arch=sm_9x"], "-arch=sm_9x"),
         (["--disabled-pass", "HoistRotations"], "HoistRotation"),
         (["--disabled-pass", "QuantizeKVCache"], "nothing works without it"),
         (["--print-ir-after", "Nope"], "LowerKVOps"),

@@ -57,7 +57,7 @@ def test_of_two_files_the_later_counts(write):
     [
         ('kv-cach = "rq3"', "'kv-cach' is no option of any command of tvmc; did you mean kv-cache"),
         ('[compile]\nprompt = "x"', "'prompt' is no option of tvmc compile"),
-        ('[compiel]\ntarget = "cuda"', "no command 'compiel'"),
+        ('[compiel]\ntarget = "cuda"', "no command 'compiel'; did you mean compile"),
         ("kv-cache = ", "neither TOML nor JSON"),
         ("[compile]\nprint-pass-times = 1", "is a flag"),
         ("kv-capacity = true", "text or numbers"),

@@ -61,6 +61,18 @@ def test_bits_count_the_plane_of_further_bits(tvmc):
     assert [entry["bits"] for entry in listed] == [2.5, 3, 1, 4]
 
 
+@pytest.mark.parametrize("dims", ["63", "64,16", "528", "0"])
+def test_head_dims_that_no_format_takes_are_refused(tvmc, dims):
+    ended = tvmc("formats", "--head-dims", dims)
+    assert ended.status == 2 and ended.out == ""
+    assert "multiples of 16 from 32 to 256, and 512" in ended.error or "give 1 or more" in ended.error
+
+
+def test_a_head_dim_that_some_formats_take_is_shown(tvmc):
+    shown = tvmc("formats", "turbo3", "iso3", "--head-dims", "80", "--json").document["formats"]
+    assert [list(entry["bits_per_element"]) for entry in shown] == [[], ["80"]]
+
+
 @pytest.mark.parametrize("word", ["iso9", "q4_1", "", "rq3:what"])
 def test_an_unknown_format_is_named(tvmc, word):
     ended = tvmc("formats", word)

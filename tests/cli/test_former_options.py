@@ -24,7 +24,7 @@ from rotquant_tvm.errors import UsageError
         (["compile", "m", "--mixed-precision"], "--mixed-precision", "--dtype float16"),
         (["compile", "m", "--workspace-pools-size-hint-bytes=flash:8"], "--workspace-pools", "pools"),
         (["compile", "m", "--use-vm"], "--use-vm", "Relax"),
-        (["tune", "m", "--tuner", "xgb"], "--tuner", "MetaSchedule"),
+        (["tune", "m", "--tuner", "xgb"], "--tuner", "the one search of MetaSchedule replaces them all: leave it out"),
         (["tune", "m", "--enable-autoscheduler"], "--enable-autoscheduler", "MetaSchedule"),
         (["tune", "m", "--cache-line-bytes", "64"], "--cache-line-bytes", "--target"),
         (["tune", "m", "--include-simple-tasks"], "--include-simple-tasks", "--tasks"),

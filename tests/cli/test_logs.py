@@ -13,7 +13,7 @@ from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.target import resolve_target
 from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
 from rotquant_tvm.tuning.log_folders import user_logs
-from rotquant_tvm.tuning.log_store import read_log, write_log
+from rotquant_tvm.tuning.log_store import LogEntry, read_log, write_log
 from rotquant_tvm.tuning.task_sources import pass_definitions
 from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
@@ -92,7 +92,11 @@ def test_merging_takes_no_record_of_an_older_kernel(tvmc, log, tasks, tmp_path):
     """Faster or not: the times of a kernel that is no more say nothing. A check tells which ones those are."""
     found = read_log(log)
     past = {"kernel_hash": "0" * 16, "seconds": 1e-9, "date": "2999-01-01"}
-    old = [replace(entry, record=replace(entry.record, **past)) for entry in found.entries]
+    old = [
+        LogEntry(replace(record, **past), entry.workload, [line[0], [1e-9], *line[2:]])
+        for entry in found.entries
+        for record, line in ((entry.record, entry.tuning_record),)
+    ]
     other = write_results(tmp_path / "other", (tasks[0], {"splits": 8}, 0.25))
     write_log(other, replace(read_log(other), entries=tuple(old)))
     for order in ((other, log), (log, other)):
@@ -128,11 +132,11 @@ def test_logs_from_anywhere(tvmc, log, tmp_path, name, action):
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     paths = {"OUT": tmp_path / "out", "LOG": log}
     ended = tvmc("logs", action[0], hostile, *(paths.get(word, word) for word in action[1:]))
-    assert ended.status in (0, 1, 2) and "\x1b" not in ended.out + ended.err
+    assert ended.status in (0, 1, 2, 4) and "\x1b" not in ended.out + ended.err
     if name == "markup" and action[0] == "list":
         assert "[/bold]" in ended.out
     elif name != "markup":
-        assert ended.status == (1 if action[0] == "check" else 2)
+        assert ended.status == (1 if action[0] == "check" else 4)
         assert "damaged tuning log" in (ended.out if action[0] == "check" else ended.error)
     outside = [str(path) for path in tmp_path.rglob("*") if not str(path).startswith(str(tmp_path / "out"))]
     assert sorted(outside) == before
@@ -188,17 +192,59 @@ def test_logs_of_two_devices_are_not_compared(tvmc, log, tasks, tmp_path):
         (("merge", "-o", "OUT"), "the folders to merge"),
         (("merge", "LOG", "-o", "LOG"), "the log of one device"),
         (("list", "-o", "OUT"), "takes no -o"),
-        (("list", "NOTHING"), "no folder"),
-        (("check", "EMPTY"), "has no tuning log"),
         (("forget",), "forget"),
+        (("lst",), "invalid choice: 'lst'; did you mean list"),
         ((), "action"),
     ],
 )
 def test_bad_arguments(tvmc, log, tmp_path, arguments, fragment):
-    (tmp_path / "empty").mkdir()
-    paths = {"LOG": log, "OUT": tmp_path / "out", "NOTHING": tmp_path / "nothing", "EMPTY": tmp_path / "empty"}
+    paths = {"LOG": log, "OUT": tmp_path / "out"}
     ended = tvmc("logs", *(paths.get(word, word) for word in arguments))
     assert ended.status == 2 and fragment in ended.error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("action", [("list",), ("check",), ("merge", "-o", "OUT"), ("diff", "LOG")])
+@pytest.mark.parametrize(("name", "fragment"), [("nothing", "no folder"), ("empty", "has no tuning log")])
+def test_what_is_no_log_is_refused_as_a_file(tvmc, log, tmp_path, action, name, fragment):
+    """As a model's path is."""
+    (tmp_path / "empty").mkdir()
+    paths = {"LOG": log, "OUT": tmp_path / "out"}
+    ended = tvmc("logs", action[0], tmp_path / name, *(paths.get(word, word) for word in action[1:]))
+    assert ended.status == 4 and fragment in ended.error and not (tmp_path / "out").exists()
+
+
+UNSOUND = {
+    "knobs outside of the space": lambda text: text.replace(",32]", ",77]").replace("[[1,1]]", "[[1,5]]"),
+    "run times": lambda text: text.replace("[0.5]", "[-0.5]"),
+    "NaN": lambda text: text.replace("[0.5]", "[NaN]"),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+@pytest.mark.parametrize("into", [False, True], ids=["from", "into"])
+def test_merging_takes_nothing_that_a_check_rejects(tvmc, log, tasks, tmp_path, name, into):
+    """Neither from another log nor beside what the output has; nothing is written."""
+    path = log / "database_tuning_record.json"
+    text = path.read_text()
+    path.write_text(UNSOUND[name](text))
+    assert path.read_text() != text and tvmc("logs", "check", log).status == 1
+    other = write_results(tmp_path / "other", (tasks[0], {"splits": 8}, 0.25))
+    given, output = (other, log.parent) if into else (log, other.parent)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    ended = tvmc("logs", "merge", given, "-o", output, "--json")
+    assert ended.status == 4 and ended.document["error"]["kind"] == "LogError" and str(log) in ended.error
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["trials", "nbytes"])
+def test_negative_counts_are_damage(tvmc, log, tmp_path, name):
+    manifest = log / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["records"][1][name] = -1
+    manifest.write_text(json.dumps(document))
+    ended = tvmc("logs", "merge", log, "-o", tmp_path / "out")
+    assert ended.status == 4 and f"'{name}' of record 1 is -1" in ended.error
+    assert tvmc("logs", "check", log).status == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe\x00", b"[" * 100_000, b'{"version": 1}'])
@@ -207,8 +253,8 @@ def test_a_damaged_log_beside_sound_ones_is_told(tvmc, log, tmp_path, content):
     (other / "manifest.json").write_bytes(content)
     ended = tvmc("logs", "check", log.parent)
     assert ended.status == 1 and str(other) in ended.out.replace("\n", "") and "ok" in ended.out
-    assert tvmc("logs", "merge", log.parent, "-o", tmp_path / "out").status == 2 and not (tmp_path / "out").exists()
-    assert tvmc("logs", "list", other).status == 2
+    assert tvmc("logs", "merge", log.parent, "-o", tmp_path / "out").status == 4 and not (tmp_path / "out").exists()
+    assert tvmc("logs", "list", other).status == tvmc("logs", "diff", log, other).status == 4
     shutil.copytree(log.parent, user_logs())
     ended = tvmc("logs", "list", "--json")  # what a compile finds: the others serve it
     assert [Path(entry["folder"]).name for entry in ended.document["logs"]] == [log.name]

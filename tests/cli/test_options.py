@@ -72,6 +72,14 @@ def test_four_flags_are_the_whole_policy(policy):
     assert config("--kv-cache", "rq4", *flags).policy == policy
 
 
+@pytest.mark.parametrize("option", ["--kv-capacity", *(f"--kv-{name}" for name in OPTIONS)])
+@pytest.mark.parametrize("value", [2**31, 10**15, "9" * 400])
+def test_more_tokens_than_lengths_can_count_are_refused_with_the_limit(option, value):
+    with pytest.raises(UsageError, match=f"argument {option}: [0-9]+ is too large; give 2147483647 or less"):
+        text(option, str(value))
+    text(option, "2147483616")  # a multiple of 32
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_one_option_twice_is_refused_by_name(name):
     with pytest.raises(UsageError, match=f"--kv-{name} and {name}= in 'iso3, {name} =64' say the same thing"):

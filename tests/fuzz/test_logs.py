@@ -7,7 +7,7 @@ import json
 from hypothesis import strategies as st
 from tvm.target import Target
 
-from rotquant_tvm.errors import UsageError
+from rotquant_tvm.errors import LogError
 from rotquant_tvm.tuning.log_diff import log_changes
 from rotquant_tvm.tuning.log_document import MalformedLogError
 from rotquant_tvm.tuning.log_folders import FORMAT, MANIFEST_FILE, RECORD_FILE, VERSION, WORKLOAD_FILE, log_folders
@@ -68,7 +68,7 @@ def use(folder) -> bool:
     """Do with a log what commands do; False if it is refused."""
     try:
         log = read_log(folder)
-    except UsageError as error:
+    except LogError as error:
         assert str(error).strip()
         return False
     assert log_folders(folder) == [folder]

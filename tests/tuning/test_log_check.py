@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from rotquant_tvm.errors import LogError
 from rotquant_tvm.tuning import log_check
-from rotquant_tvm.tuning.log_check import STALE, is_stale, log_problems
+from rotquant_tvm.tuning.log_check import STALE, is_stale, log_problems, read_sound_log
 from rotquant_tvm.tuning.log_folders import MANIFEST_FILE, RECORD_FILE, WORKLOAD_FILE
 from rotquant_tvm.tuning.log_store import read_log, write_log
 
@@ -52,6 +53,55 @@ def test_knobs_that_the_rule_has_no_more(folder, monkeypatch):
     monkeypatch.setattr(log_check, "knob_values", lambda rule: {"splits": (1, 2)})
     (problem,) = log_problems(folder)
     assert "does not know splits=4" in problem
+
+
+def test_a_sound_log_is_read_as_it_is(folder):
+    assert read_sound_log(folder) == read_log(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"knobs": {"splits": 8}},
+        {"seconds": 0.25},
+        {"operator": "attention_prefill"},
+    ],
+)
+def test_a_log_that_is_at_odds_with_itself_is_unsound(folder, changes):
+    edit(folder, **changes)
+    problems = log_problems(folder)
+    with pytest.raises(LogError, match="tune again") as error:
+        read_sound_log(folder)
+    assert str(error.value).startswith(f"{folder}: {problems[0]}") and error.value.exit_status == 4
+
+
+@pytest.mark.parametrize("times", ["-0.5", "0", "1e10, -1"])
+def test_times_that_are_none_are_unsound(folder, times):
+    path = folder / RECORD_FILE
+    line = json.loads(path.read_text())
+    line[1][1] = json.loads(f"[{times}]")
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(LogError, match=r"record 0 .*: it cannot be read: a record's times"):
+        read_sound_log(folder)
+
+
+def test_knobs_outside_of_the_space_are_unsound(folder, monkeypatch):
+    """Of the kernel that there is; an older one may have had another space."""
+    monkeypatch.setattr(log_check, "knob_values", lambda rule: {"splits": (1, 2)})
+    with pytest.raises(LogError, match=r"record 0 .*: the rule does not know splits=4"):
+        read_sound_log(folder)
+    edit(folder, kernel_hash="0" * 16)
+    problems = [problem.partition("): ")[2] for problem in log_problems(folder)]
+    assert problems == ["the rule does not know splits=4", STALE]
+    assert read_sound_log(folder) == read_log(folder)
+
+
+@pytest.mark.parametrize("changes", [{"kernel_hash": "0" * 16}, {"rule": "attention_decode_gpu"}])
+def test_a_log_of_another_version_is_sound(folder, changes):
+    edit(folder, **changes)
+    write_log(folder, replace(read_log(folder), layout_version=0))
+    moved = folder.rename(folder.parent / "old")
+    assert len(log_problems(moved)) == 3 and len(read_sound_log(moved).entries) == 1
 
 
 def test_a_folder_by_another_name(folder):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rotquant_tvm.errors import UsageError
+from rotquant_tvm.errors import LogError
 from rotquant_tvm.tuning import log_document
 from rotquant_tvm.tuning.log_folders import FORMAT, MANIFEST_FILE, RECORD_FILE, VERSION, WORKLOAD_FILE, is_log
 from rotquant_tvm.tuning.log_store import read_log
@@ -46,7 +46,7 @@ def test_the_example_is_a_log(folder):
 @pytest.mark.parametrize("slug", ["../../etc", "/tmp/x", "a/b", "", ".", "..", "a\n", "x" * 200, "A", 7, None])
 def test_a_slug_is_a_plain_name(folder, slug):
     write(folder, MANIFEST | {"device": DEVICE | {"slug": slug}})
-    with pytest.raises(UsageError, match="'slug' of its device"):
+    with pytest.raises(LogError, match="'slug' of its device"):
         read_log(folder)
 
 
@@ -67,19 +67,23 @@ def test_a_slug_is_a_plain_name(folder, slug):
         ("knobs", {"warps": 10**30}),
         ("share", "0.5"),
         ("nbytes", 1.5),
+        ("nbytes", -1),
+        ("trials", -3),
+        ("flops", -1),
+        ("share", -0.5),
         ("extra", 1),
     ],
 )
 def test_every_entry_of_a_record_is_checked(folder, name, value):
     write(folder, MANIFEST | {"records": [RECORD | {name: value}]})
-    with pytest.raises(UsageError, match=f"{name!r}"):
+    with pytest.raises(LogError, match=f"{name!r}"):
         read_log(folder)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 400, "9" * 5000])
 def test_numbers_that_are_none(folder, number):
     write(folder, json.dumps(MANIFEST).replace("1e-06", number))
-    with pytest.raises(UsageError, match="not JSON"):
+    with pytest.raises(LogError, match="not JSON"):
         read_log(folder)
 
 
@@ -102,7 +106,7 @@ def test_properties_that_make_no_sense(folder, properties):
     write(folder, MANIFEST | {"records": [RECORD | {"properties": properties}]})
     try:
         (record,) = read_log(folder).records
-    except UsageError as error:
+    except LogError as error:
         assert "properties of record 0 make no sense" in str(error)
     else:
         assert record.key and isinstance(record.shape.label, str) and record.shape.distance(record.shape) == 0
@@ -115,7 +119,7 @@ def test_properties_that_make_no_sense(folder, properties):
 def test_a_target_says_what_a_device_is_and_nothing_else(folder, target):
     """LLVM's own options, for one, name files to write."""
     write(folder, MANIFEST | {"target": target})
-    with pytest.raises(UsageError, match="'target' of the manifest"):
+    with pytest.raises(LogError, match="'target' of the manifest"):
         read_log(folder)
 
 
@@ -125,7 +129,7 @@ def test_optional_entries(folder):
     assert log.product_rate == 1e12 and log.records[0].flops == 7
     for change in ({"product_rate": "fast"}, {"records": [RECORD | {"flops": None}]}):
         write(folder, MANIFEST | change)
-        with pytest.raises(UsageError, match="damaged"):
+        with pytest.raises(LogError, match="damaged"):
             read_log(folder)
 
 
@@ -134,12 +138,12 @@ def test_what_is_no_plain_file_is_not_waited_for(folder, name):
     """A pipe has no end, and /dev/zero neither."""
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(UsageError, match="no plain file"):
+    with pytest.raises(LogError, match="no plain file"):
         read_log(folder)
     assert is_log(folder) == (name != MANIFEST_FILE)
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
-    with pytest.raises(UsageError, match="no plain file"):
+    with pytest.raises(LogError, match="no plain file"):
         read_log(folder)
     assert is_log(folder) == (name != MANIFEST_FILE)
 
@@ -147,14 +151,14 @@ def test_what_is_no_plain_file_is_not_waited_for(folder, name):
 @pytest.mark.parametrize("name", [name for name in MANIFEST if name not in ("format", "version")])
 def test_every_entry_of_a_manifest_is_needed(folder, name):
     write(folder, {key: value for key, value in MANIFEST.items() if key != name})
-    with pytest.raises(UsageError, match=f"no entry {name!r}"):
+    with pytest.raises(LogError, match=f"no entry {name!r}"):
         read_log(folder)
 
 
 @pytest.mark.parametrize("line", ["[1,[2]]", "[-1,[2]]", "[true,[2]]", "[0]", "0", "{}", '["0",[2]]', "[0,[2],3]"])
 def test_a_record_names_its_workload(folder, line):
     write(folder, records=line)
-    with pytest.raises(UsageError, match="names no workload"):
+    with pytest.raises(LogError, match="names no workload"):
         read_log(folder)
 
 
@@ -164,13 +168,13 @@ def test_a_record_names_its_workload(folder, line):
 )
 def test_hostile_files_are_one_error(folder, name, content, said):
     (folder / name).write_bytes(content)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(LogError, match=said):
         read_log(folder)
 
 
 def test_a_file_is_not_read_beyond_its_bound(folder, monkeypatch):
     monkeypatch.setattr(log_document, "MAX_BYTES", 100)
-    with pytest.raises(UsageError, match="larger than 100 bytes"):
+    with pytest.raises(LogError, match="larger than 100 bytes"):
         read_log(folder)
 
 
@@ -189,7 +193,7 @@ def test_any_json_ends_in_a_log_or_one_error(tmp_path, entry, value, field, cont
         write(tmp_path, manifest)
         try:
             log = read_log(tmp_path)
-        except UsageError:
+        except LogError:
             continue
         assert log.slug.replace("-", "").replace(".", "").replace("_", "").isalnum()
         assert all(record.seconds > 0 and record.key for record in log.records)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 from tvm.s_tir import meta_schedule as ms
 
-from rotquant_tvm.errors import UsageError
+from rotquant_tvm.errors import LogError, UsageError
 from rotquant_tvm.tuning.log_folders import MANIFEST_FILE, PENDING_FILE, RECORD_FILE, WORKLOAD_FILE, is_log, log_folders
 from rotquant_tvm.tuning.log_store import finish_write, read_log, write_log
 from rotquant_tvm.tuning.tuning_task import tuning_tasks
@@ -91,7 +91,7 @@ def test_folders(folder, tmp_path):
 def test_a_damaged_log_is_refused_by_name(folder, name, change, message):
     path = folder / name
     path.write_text(change(path.read_text())) if change else path.unlink()
-    with pytest.raises(UsageError, match=message) as error:
+    with pytest.raises(LogError, match=message) as error:
         read_log(folder)
     assert str(folder) in str(error.value)
 
@@ -164,5 +164,5 @@ def test_a_full_disk_leaves_the_old_log(folder, two_logs, monkeypatch):
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"manifest.json": 7}'])
 def test_a_damaged_pending_write(folder, text):
     (folder / PENDING_FILE).write_text(text)
-    with pytest.raises(UsageError, match="damaged"):
+    with pytest.raises(LogError, match="damaged"):
         read_log(folder)

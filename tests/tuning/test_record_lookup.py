@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rotquant_tvm.errors import UsageError
+from rotquant_tvm.errors import LogError
 from rotquant_tvm.target import resolve_target
 from rotquant_tvm.tuning import record_lookup
 from rotquant_tvm.tuning.bare_model import AttentionHeads
@@ -91,7 +91,7 @@ def test_the_order_of_folders(log_of, tasks_of, definitions, llvm, tmp_path):
 
 def test_a_folder_without_a_log_is_refused(llvm, tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UsageError, match="has no tuning log"):
+        with pytest.raises(LogError, match="has no tuning log"):
             TuningRecords(llvm, path)
 
 

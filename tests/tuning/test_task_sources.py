@@ -1,4 +1,4 @@
-"""Tasks: from the passes over a model, or over a bare attention; each once, and selected by number or name."""
+"""Tasks: from the passes over a model, or over a bare attention; each once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
 from rotquant_tvm.tuning.default_caches import DEFAULT_CACHES
 from rotquant_tvm.tuning.kernel_shape import KernelShape
-from rotquant_tvm.tuning.task_sources import pass_definitions, selected_tasks, vector_definitions
+from rotquant_tvm.tuning.task_sources import pass_definitions, vector_definitions
 from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
 from ..passes.tiny_model import TinyModel
@@ -77,20 +77,3 @@ def test_formats_that_are_one_to_the_kernel_are_one_task(llvm):
 def test_vectors(cuda):
     tasks = tuning_tasks(vector_definitions(["hurwitz3"], 128, "float16", cuda), cuda)
     assert {task.bucket.get("n", task.bucket.get("n2")) for task in tasks} <= {8192, 1 << 20}
-
-
-def test_selection(gpu_tasks):
-    def numbers(text):
-        return [gpu_tasks.index(task) for task in selected_tasks(gpu_tasks, text)]
-
-    assert numbers("all") == list(range(len(gpu_tasks)))
-    assert numbers("0,2-4") == [0, 2, 3, 4] and numbers("3, 1") == [1, 3]
-    named = selected_tasks(gpu_tasks, "Attention_Decode hurwitz2")
-    assert named and all(t.name.startswith("attention_decode hurwitz2 ") for t in named)
-    assert set(numbers("0,attention_decode")) >= {0, *numbers("attention_decode")}
-
-
-@pytest.mark.parametrize("text", ["999", "4-2", "0-999", "", ",", "no such kernel"])
-def test_selections_of_nothing_are_refused(gpu_tasks, text):
-    with pytest.raises(UsageError, match="--tasks"):
-        selected_tasks(gpu_tasks, text)

@@ -9,7 +9,7 @@ import resource
 
 import pytest
 
-from rotquant_tvm.errors import UsageError
+from rotquant_tvm.errors import LogError, UsageError
 from rotquant_tvm.tuning.isolated import call_isolated
 from rotquant_tvm.tuning.log_folders import RECORD_FILE, WORKLOAD_FILE
 from rotquant_tvm.tuning.trial_files import open_trials
@@ -120,6 +120,12 @@ def test_a_disk_that_fills_in_the_middle_of_a_line(tmp_path, monkeypatch):
         files.add(WORKLOADS[1], record(4))
     with open_trials(tmp_path) as files:
         assert len(files) == 4
+
+
+def test_trials_that_are_no_text_are_refused_with_what_to_do(tmp_path):
+    (tmp_path / RECORD_FILE).write_bytes(b"\xff\xfe")
+    with pytest.raises(LogError, match=r"damaged trials .* remove that folder"), open_trials(tmp_path):
+        pass
 
 
 def _write_to_the_limit(folder, limit):
