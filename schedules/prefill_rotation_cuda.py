@@ -34,19 +34,19 @@ class BasisChange:
     matrices: tuple[Any, Any]
 
     def rotate_queries(self, attention: WarpAttention, queries: HalfRows, mine: Expr, place: Place) -> None:
-        """Rotate the queries, which are on their way to shared memory, by K's matrix."""
+        """Rotate the queries, which are on their way to shared memory, by K's matrix, or by a sum of matrices."""
         if self.matrices[0] is None:
             return
         head_dim, lane = self.tiling.head_dim, self.thread % WARP
+        terms = int(self.matrices[0].shape[0]) // head_dim
         words = list(product(range(attention.row_tiles), range(2), range(head_dim // 8)))
         rotated = Registers(2 * len(words), "float32")
         for first, count in self._passes(self.matrices[0]):
             for part in range(0, count, attention.tokens):
                 offset = part * self.tiling.pitch
                 attention.multiply_keys(queries, lambda *at, offset=offset: self.staged.load_keys(*at, offset))
-                for number, (tile, half, block) in enumerate(words):
-                    term, column = divmod(first + part, head_dim)
-                    column = 8 * block - column
+                for term, (number, (tile, half, block)) in product(range(terms), enumerate(words)):
+                    column = term * head_dim + 8 * block - first - part
                     if 0 <= column < attention.tokens:
                         at = attention.score(tile, column // 8, 2 * half)
                         for u in range(2):

@@ -75,6 +75,24 @@ def test_a_past_in_one_sequence_of_two(rng):
     simulate(straight(rng, Case("hurwitz3", 64, 2, 1), [(40, 3), (0, 5)], rotated=True))
 
 
+@pytest.mark.parametrize(
+    ("case", "knobs"),
+    [
+        (Case("iso3/hurwitz3", 80, 2, 1), {"tokens": 64, "stages": 1}),
+        (Case("rotor3/f16", 112, 2, 1), {"tokens": 32, "stages": 1}),
+        (Case("turbo3/f16", 128, 2, 1), {}),
+    ],
+    ids=str,
+)
+def test_both_terms_of_a_matrix_count(rng, case, knobs):
+    """Also where neither ends with the rows that fit at a time: the large one may as well come second."""
+    problem = straight(rng, case, [(40, 3)], rotated=True)
+    matrix = problem.arguments[6]
+    assert len(matrix) == 2 * case.head_dim
+    matrix[:] = np.roll(matrix, case.head_dim, 0)
+    simulate(problem, knobs)
+
+
 def test_a_first_chunk_reads_no_matrix(rng):
     problem = straight(rng, Case("hurwitz3", 64, 2, 1), [(0, 33), (0, 0)], rotated=True)
     problem.arguments[-2][:], problem.arguments[-1][:] = np.nan, np.nan
