@@ -2,7 +2,8 @@
 
 A lane's groups of eight come in the order in which it holds them. What comes out is a value's grid point over 128, so
 that it stays within the gain's own size; the factor that is missing, one for all elements of K or V, belongs to the
-softmax scale or to the weights. These float16 are exact: a gain's product with them is what is rounded.
+softmax scale or to the weights. These float16 are exact: a gain's product with them is what is rounded, where there is
+one (``PackedTiles.late_gains``).
 """
 
 from __future__ import annotations

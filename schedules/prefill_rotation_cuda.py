@@ -1,9 +1,9 @@
 """Changes of basis in prefill attention's thread blocks, on CUDA: only what has a past pays for them.
 
 The packed past lies in rotated bases, the chunk does not. A block that reads a past rotates its queries first, and its
-sums before it goes on with the chunk. Both are products on tensor cores with the rotation as one matrix, whatever its
-layers: of queries with its rows as keys, of normalized sums with its rows as values. A rotation's rows take
-the place of the stages.
+sums before it goes on with the chunk. Both are products on tensor cores with the rotation as a matrix, whatever its
+layers (of keys it may be a sum of two, ``ops.rotation_matrices``): of queries with its rows as keys, of normalized sums
+with its rows as values. A rotation's rows take the place of the stages.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def matrices(case: Case, rotated: bool) -> list[np.ndarray]:
 def check_output(actual, wanted, explain=None):
     """Assert outputs [..., d] to be the wanted ones, as far as keys, values and weights in float16 can tell.
 
-    A key's rounding moves its score by 2^-12 of it: the scores of the longest keys reach 30 here, and where two of them
-    compete the output moves by a few thousandths. Such vectors are few.
+    Rounding a key, or a query that is rotated, moves a score by 2^-12 of it: the scores of the longest keys reach 30
+    here, and where two of them compete the output moves by a few thousandths. Such vectors are few.
 
     ``explain`` (b, token, head) says how long an error all roundings give a vector, those of a rotated query among them
     (``rounding``), and every vector that is off by more than most is held to that besides.

@@ -12,6 +12,7 @@ from rotquant_tvm.formats import VERSION as LAYOUT_VERSION
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.target import resolve_target
 from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
+from rotquant_tvm.tuning.default_caches import DEFAULT_CACHES
 from rotquant_tvm.tuning.device_identity import DeviceIdentity
 from rotquant_tvm.tuning.knob_space import knob_space, schedule_with
 from rotquant_tvm.tuning.log_store import TuningLog, write_log
@@ -42,6 +43,14 @@ def llvm():
 def cuda():
     """An H100, which need not be there."""
     return tvm.target.Target(GPU)
+
+
+@pytest.fixture(scope="session")
+def gpu_tasks(cuda):
+    """What is tuned on a GPU where no model says it."""
+    mod = bare_model(AttentionHeads())
+    functions = [f for text in DEFAULT_CACHES for f in pass_definitions(mod, KVCacheConfig.parse(text), cuda)]
+    return tuning_tasks(functions, cuda)
 
 
 @pytest.fixture(scope="session")

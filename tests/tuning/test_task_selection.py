@@ -5,19 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rotquant_tvm.errors import UsageError
-from rotquant_tvm.kv_cache_config import KVCacheConfig
-from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
-from rotquant_tvm.tuning.default_caches import DEFAULT_CACHES
 from rotquant_tvm.tuning.task_selection import TaskSelection
-from rotquant_tvm.tuning.task_sources import operators_of, pass_definitions
-from rotquant_tvm.tuning.tuning_task import tuning_tasks
-
-
-@pytest.fixture(scope="module")
-def gpu_tasks(cuda):
-    mod = bare_model(AttentionHeads())
-    functions = [f for text in DEFAULT_CACHES for f in pass_definitions(mod, KVCacheConfig.parse(text), cuda)]
-    return tuning_tasks(functions, cuda)
+from rotquant_tvm.tuning.task_sources import operators_of
 
 
 def test_selection(gpu_tasks):

@@ -8,19 +8,11 @@ from rotquant_tvm.benchmark.settings import BatchShape
 from rotquant_tvm.errors import FormatError, UsageError
 from rotquant_tvm.kv_cache_config import KVCacheConfig
 from rotquant_tvm.tuning.bare_model import AttentionHeads, bare_model
-from rotquant_tvm.tuning.default_caches import DEFAULT_CACHES
 from rotquant_tvm.tuning.kernel_shape import KernelShape
 from rotquant_tvm.tuning.task_sources import pass_definitions, vector_definitions
 from rotquant_tvm.tuning.tuning_task import tuning_tasks
 
 from ..passes.tiny_model import TinyModel
-
-
-@pytest.fixture(scope="module")
-def gpu_tasks(cuda):
-    mod = bare_model(AttentionHeads())
-    functions = [f for text in DEFAULT_CACHES for f in pass_definitions(mod, KVCacheConfig.parse(text), cuda)]
-    return tuning_tasks(functions, cuda)
 
 
 def test_a_bare_attention_has_the_operators_of_a_models(llvm):
