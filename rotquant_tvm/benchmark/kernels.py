@@ -114,7 +114,8 @@ class OperatorLibrary:
         record = str(func.attrs.get(RECORD_ATTR, ""))
         key = gvar.name_hint, record
         if key not in self._compiled:
-            run = compile_kernel(func, self._target, aligned=True)
+            # As it is now: another lookup, which knows no sizes, would choose knobs for what is to have the rule's own.
+            run = compile_kernel(func, self._target, aligned=True, tuned=False)
             self._compiled[key] = Operator(run, kernel_rule(func, self._target), record)
         return self._compiled[key]
 

@@ -53,7 +53,8 @@ def with_record(func: tirx.PrimFunc, records: TuningRecords, wanted: WantedSizes
 
     With those of its records at other sizes too, if it will see others, on targets whose kernels can tell them apart.
     """
-    if func.attrs is None or KNOBS_ATTR in func.attrs:
+    # A record that says that the rule's own knobs are best leaves no knobs, but its name.
+    if func.attrs is None or KNOBS_ATTR in func.attrs or RECORD_ATTR in func.attrs:
         return func
     match = records.lookup(func, wanted)
     if match is None:

@@ -21,7 +21,7 @@ Bucket = dict[str, int]
 
 _CACHES = ("append", "append_plain", "flush")
 _SEQUENCES = {
-    ("attention_decode", "cuda"): ("1x1K", "1x8K", "1x32K", "8x32K", "64x2K"),
+    ("attention_decode", "cuda"): ("1x1K", "1x8K", "1x32K", "8x32K", "32x8K", "64x2K"),
     ("attention_decode", "llvm"): ("1x1K", "1x4K"),
     ("attention_prefill", "cuda"): ("1x4K",),
     ("attention_prefill", "llvm"): ("1x512",),
