@@ -35,10 +35,11 @@ def cuda_compiler(order: tuple[str, ...] = COMPILERS) -> str | None:
     wanted = os.environ.get(_MODE, "").lower()
     if wanted in COMPILERS:
         return wanted
-    return next((name for name in order if _is_there(name)), None)
+    return next((name for name in order if is_there(name)), None)
 
 
-def _is_there(compiler: str) -> bool:
+def is_there(compiler: str) -> bool:
+    """Whether one of ``COMPILERS`` is there."""
     if compiler == "nvcc":
         return shutil.which("nvcc") is not None
     return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
@@ -55,7 +56,7 @@ def compiling_here(target: tvm.target.Target) -> Iterator[None]:
         yield
         return
     compiler = cuda_compiler(("nvrtc", "nvcc"))
-    if compiler is None or not _is_there(compiler):
+    if compiler is None or not is_there(compiler):
         found = "there is neither nvcc on the PATH nor the package cuda-bindings (NVRTC)"
         if compiler is not None:
             lacking = "no nvcc is on the PATH" if compiler == "nvcc" else "the package cuda-bindings is not installed"

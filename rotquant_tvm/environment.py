@@ -13,9 +13,11 @@ from .errors import DeviceError
 
 PACKAGES = (
     *("apache-tvm", "apache-tvm-ffi", "numpy", "torch", "transformers", "gguf", "onnx", "onnxruntime"),
-    *("tokenizers", "safetensors", "matplotlib", "xgboost", "tornado", "ziglang"),
+    *("tokenizers", "safetensors", "matplotlib", "xgboost", "tornado", "ziglang", "cuda-bindings"),
 )
 """Packages whose versions are told, optional ones included."""
+OLDEST = 80
+"""The least compute capability, times 10, that the kernels laid out by hand are for."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,18 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def compilers() -> dict[str, str | None]:
-    """The commands found: ``linker`` links compiled libraries, ``nvcc`` compiles CUDA ahead of time."""
+    """What was found: ``linker`` links compiled libraries, ``nvcc`` and ``nvrtc`` compile CUDA.
+
+    NVRTC, of the package cuda-bindings, compiles for the GPU at hand; nvcc, if it is there, what is saved.
+    """
+    from .cuda_compiler import is_there
+
     try:
         linker: str | None = " ".join(linker_words())
     except DeviceError:
         linker = None
-    return {"linker": linker, "nvcc": shutil.which("nvcc")}
+    nvrtc = "of cuda-bindings" if is_there("nvrtc") else None
+    return {"linker": linker, "nvcc": shutil.which("nvcc"), "nvrtc": nvrtc}
 
 
 def linker_words() -> list[str]:
@@ -148,10 +156,22 @@ def hints(
         found.append(Hint("cpu", f"vectors of {lanes} floats: attention over packed codes was tuned for AVX-512's 16"))
     if not devices:
         found.append(Hint("gpu", "none is visible; name one to compile for it: --target nvidia/nvidia-h100"))
+    if devices and tools["nvcc"] is None and tools["nvrtc"] is None:
+        found.append(
+            Hint("cuda", "no kernels can be compiled for the GPU here: neither nvcc nor cuda-bindings (NVRTC) is there")
+        )
     for device in devices:
+        if _capability(device) < OLDEST:
+            text = f"{device['name']} is {device['arch']}: the fast kernels need sm_{OLDEST}, it has the generic ones"
+            found.append(Hint("gpu", text))
         if not any(log.get("slug") == device["slug"] for log in logs):
             found.append(
                 Hint("tuning", f"no tuning log of {device['name']}: kernels take their rules' own knobs; see tvmc tune")
             )
     found += [Hint("tuning", log["problem"]) for log in logs if "problem" in log]
     return found
+
+
+def _capability(device: dict[str, Any]) -> int:
+    """10 · major + minor of a GPU."""
+    return int("".join(c for c in str(device["arch"]) if c.isdigit()) or 0)

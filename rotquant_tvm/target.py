@@ -16,6 +16,8 @@ from .target_check import check_target
 KINDS = ("llvm", "cuda")
 _TAGS_ALIKE = 0.85
 """How much a word must be like a tag to be meant as one: they share their makers' names."""
+_MOST_CHARACTERS = 1 << 16
+"""Of a file with a target."""
 _MOST_TAGS = 3
 """That an error suggests."""
 
@@ -23,12 +25,14 @@ _MOST_TAGS = 3
 def resolve_target(target: str | tvm.target.Target) -> tvm.target.Target:
     """Return a full target from what users write: ``"llvm"`` is this CPU, ``"cuda"`` the GPU at hand.
 
-    Other spellings: ``"llvm -mcpu=x86-64-v3"``, a JSON object, and TVM's tags (``nvidia/nvidia-h100``).
-    Raises ``UsageError`` for another kind, or a name in it that TVM or LLVM does not know (of a CPU, say),
+    Other spellings: ``"llvm -mcpu=x86-64-v3"``, a JSON object, a file with one (``gpu.json``), and TVM's tags
+    (``nvidia/nvidia-h100``). Raises ``UsageError`` for another kind, a file that cannot be read, or a name in it that
+    TVM or LLVM does not know (of a CPU, say),
     ``DeviceError`` for ``"cuda"`` without a GPU.
     """
     if not isinstance(target, tvm.target.Target):
-        target = _parse(target.strip())
+        text = target.strip()
+        target = _parse(_content(text) if text.lower().endswith(".json") else text)
     if target.kind.name not in KINDS:
         raise UsageError(f"target kind '{target.kind.name}' is not supported; use {' or '.join(KINDS)}")
     check_target(target)
@@ -51,6 +55,15 @@ def _plain_host() -> tvm.target.Target:
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return tvm.target.Target({"kind": "llvm", "mcpu": "x86-64" if x86 else "generic", "num-cores": os.cpu_count() or 1})
+
+
+def _content(path: str) -> str:
+    """The text of a file with a target."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(_MOST_CHARACTERS).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the target in {path}: {_last_line(error)}") from error
 
 
 def _parse(text: str) -> tvm.target.Target:

@@ -12,8 +12,8 @@ from rotquant_tvm.environment import PACKAGES, hints
 
 EVERYTHING = dict.fromkeys(PACKAGES, "1.0")
 WIDE = {"vector_lanes": 16}
-TOOLS = {"linker": "g++", "nvcc": None}
-GPU = {"slug": "nvidia-h200", "name": "NVIDIA H200"}
+TOOLS = {"linker": "g++", "nvcc": None, "nvrtc": "of cuda-bindings"}
+GPU = {"slug": "nvidia-h200", "name": "NVIDIA H200", "arch": "sm_90"}
 LOG = {"folder": "/logs/nvidia-h200", "slug": "nvidia-h200"}
 
 
@@ -28,7 +28,9 @@ def test_a_complete_machine_needs_no_hint():
 @pytest.mark.parametrize(
     ("topic", "missing"),
     [
-        ("linker", {"tools": {"linker": None, "nvcc": None}}),
+        ("linker", {"tools": TOOLS | {"linker": None}}),
+        ("cuda", {"tools": TOOLS | {"nvrtc": None}}),
+        ("gpu", {"devices": (GPU | {"arch": "sm_75"},)}),
         ("torch", {"installed": EVERYTHING | {"torch": None}}),
         ("transformers", {"installed": EVERYTHING | {"transformers": None}}),
         ("onnx", {"installed": EVERYTHING | {"onnx": None}}),
@@ -41,6 +43,20 @@ def test_a_complete_machine_needs_no_hint():
 )
 def test_each_thing_missing_is_told_once(topic, missing):
     assert topics(**missing) == [topic]
+
+
+def test_either_cuda_compiler_is_enough():
+    nvcc = TOOLS | {"nvcc": "/usr/local/cuda/bin/nvcc"}
+    assert topics(tools=nvcc | {"nvrtc": None}) == topics(tools=nvcc) == []
+    assert topics(devices=(), tools=TOOLS | {"nvrtc": None}) == ["gpu"]
+
+
+def test_compilers_are_those_that_a_compile_would_find(monkeypatch):
+    from rotquant_tvm import cuda_compiler
+
+    for there in (False, True):
+        monkeypatch.setattr(cuda_compiler, "is_there", lambda _name, there=there: there)
+        assert (environment.compilers()["nvrtc"] is not None) == there
 
 
 def test_versions_are_those_that_are_installed():

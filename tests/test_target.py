@@ -20,6 +20,23 @@ def test_options_and_json_are_understood(text):
     assert "3" not in text[-2:] or resolve_target(text).attrs["num-cores"] == 3
 
 
+@pytest.mark.parametrize("text", ["llvm -mcpu=x86-64-v3", '{"kind": "llvm", "mcpu": "x86-64-v3"}\n'])
+def test_a_file_says_what_its_text_says(text, tmp_path):
+    path = tmp_path / "cpu.json"
+    path.write_text(text)
+    assert resolve_target(str(path)).attrs["mcpu"] == "x86-64-v3"
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"[" * 100_000, b""])
+def test_a_file_that_is_no_target_is_refused(content, tmp_path):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError) as refused:
+        resolve_target(str(path))
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("text", ["nvidia/nvidia-h100", "cuda -arch=sm_90a -max_num_threads=1024"])
 def test_a_gpu_gets_a_host_without_this_cpus_extensions(text):
     target = resolve_target(text)

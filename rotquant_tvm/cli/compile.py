@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         default="llvm",
-        help="llvm (this CPU), cuda (this GPU), a TVM target with options or a tag (default: llvm)",
+        help="llvm (this CPU), cuda (this GPU), a TVM target with options, a tag, or a file with one (default: llvm)",
     )
     parser.add_argument(
         "--dtype",
@@ -177,11 +177,13 @@ def _show(
     output: Output,
 ) -> None:
     from rotquant_tvm.cli.report_table import report_parts, target_text
+    from rotquant_tvm.runtime.manifest import TOKENIZER_FILE
 
     report = compiled.report
     document: dict[str, Any] = {
         "artifact": str(artifact),
         "default_capacity": compiled.default_capacity,
+        "tokenizer": (artifact / TOKENIZER_FILE).is_file(),
         "report": report,
         "requires": None if compiled_for is None else compiled_for.document(),
         "files": [str(file) for file in files],

@@ -58,7 +58,6 @@ _TUNE = {
     "--max-threads-per-block": HARDWARE,
     "--max-vthread-extent": HARDWARE,
     "--warp-size": HARDWARE,
-    "--tuning-records": "the log in -o is gone on with, and those of the user and the package are found by themselves",
     "--input-shapes": "the sizes to tune for are given with --shapes 1x8K,8x32K (sequences x tokens)",
 }
 _RUN = {
@@ -102,6 +101,8 @@ def check_former_options(argv: Sequence[str], known: Mapping[str, Sequence[str]]
             break
         if option in known[command]:
             continue
+        if option[:2] == "-f" and "-f" in FORMER[command]:  # -fmlf
+            option = "-f"
         answer = FORMER[command].get(option) or next(
             (text for family, text in _FAMILIES.items() if command != "run" and option.startswith(family)), None
         )

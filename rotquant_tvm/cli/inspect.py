@@ -70,6 +70,7 @@ def _inspect_artifact(path: Path, output: Output) -> None:
         step("check the artifact")
         from rotquant_tvm.cli.report_table import report_parts, target_text
         from rotquant_tvm.runtime import read_artifact
+        from rotquant_tvm.runtime.manifest import TOKENIZER_FILE
 
         manifest = read_artifact(path).manifest
     report, info = manifest.report, manifest.info
@@ -86,6 +87,7 @@ def _inspect_artifact(path: Path, output: Output) -> None:
         "max_position": info.max_position,
         "batch": info.batch,
         "vocab_size": info.vocab_size,
+        "tokenizer": TOKENIZER_FILE in files,
         "kv_cache_info": info.document,
         "files": files,
         "report": dict(report),

@@ -9,7 +9,8 @@ For example:
 
 A path is the log of one device or a folder of such logs. Without one, list and check take every log that tvmc compile
 would look at: the user's, then those that come with the package. merge keeps the faster of two records of one task; of
-two kernels that of this version, else the newer one's. It takes no log with records that no tuning can have left.
+two kernels that of this version, else the newer one's; logs of different devices stay apart, and two devices that one
+folder would stand for are refused. It takes no log with records that no tuning can have left.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from rotquant_tvm import __version__
 from rotquant_tvm.cli.config_file import expand_config
 from rotquant_tvm.cli.former_options import check_former_options
 from rotquant_tvm.cli.help_text import OVERVIEW, help_parts
+from rotquant_tvm.cli.leading_options import behind_the_command
 from rotquant_tvm.cli.next_steps import next_steps
 from rotquant_tvm.cli.options import Parser, common_options, join_layer_lists
 from rotquant_tvm.cli.output import Output
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser, commands = build_parser()
         check_former_options(argv, {name: list(command._option_string_actions) for name, command in commands.items()})
-        arguments, unknown = parser.parse_known_args(join_layer_lists(expand_config(argv, commands)))
+        words = behind_the_command(expand_config(argv, commands), commands)
+        arguments, unknown = parser.parse_known_args(join_layer_lists(words))
         if unknown:
             raise unknown_words(arguments.command, unknown, option_names(commands[arguments.command]))
     except UsageError as error:

@@ -47,11 +47,18 @@ def _target_words(arguments: argparse.Namespace) -> list[object]:
 
 def _compile(arguments: argparse.Namespace, document: Document) -> list[str]:
     artifact = _shown(document["artifact"])
-    lines = [_line(["run", artifact, "--prompt", PROMPT], "text from it")]
+    lines = [_line(*_first_run(artifact, document))]
     if not document["report"].get("tuning_records"):
         words = ["tune", arguments.model, *_cache_words(arguments), *_target_words(arguments)]
         lines.append(_line(words, "faster kernels for this device; then compile again"))
     return lines
+
+
+def _first_run(artifact: object, document: Document) -> tuple[list[object], str]:
+    """What to run an artifact with: text needs a tokenizer."""
+    if document.get("tokenizer", True):
+        return ["run", artifact, "--prompt", PROMPT], "text from it"
+    return ["run", artifact, "--print-time"], "a prefill of random ids: it has no tokenizer for text"
 
 
 def _tune(arguments: argparse.Namespace, document: Document) -> list[str]:
@@ -76,7 +83,7 @@ def _run(arguments: argparse.Namespace, document: Document) -> list[str]:
 
 def _inspect(arguments: argparse.Namespace, document: Document) -> list[str]:
     if "artifact" in document:
-        return [_line(["run", arguments.model, "--prompt", PROMPT], "text from it")]
+        return [_line(*_first_run(arguments.model, document))]
     return [_line(["compile", arguments.model, *_cache_words(arguments)], "a library with this cache")]
 
 

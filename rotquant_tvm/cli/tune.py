@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         default="llvm",
-        help="llvm (this CPU), cuda (this GPU), a TVM target with options or a tag (default: llvm)",
+        help="llvm (this CPU), cuda (this GPU), a TVM target with options, a tag, or a file with one",
     )
     parser.add_argument(
         "--dtype",
@@ -61,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: float32; without MODEL float16 on cuda",
     )
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, help="folder of log folders (default: the user's data folder)"
+        *("-o", "--output", "--tuning-records"),
+        metavar="DIR",
+        type=Path,
+        help="folder of log folders, to go on with and to write to (default: the user's data folder)",
     )
     shapes = parser.add_argument_group("shapes")
     shapes.add_argument("--heads", metavar="N", type=integer(1), help="without MODEL: query heads (default: 32)")
@@ -90,7 +93,10 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         "--trials-per-task", metavar="N", type=integer(1), default=16, help="kernels measured per task (default: 16)"
     )
     search.add_argument(
-        "--time-budget", metavar="S", type=number(0, above=True), help="seconds for all of it (default: no limit)"
+        "--time-budget",
+        metavar="S",
+        type=number(0, above=True),
+        help="seconds for all kernels, from the first on (default: no limit)",
     )
     search.add_argument(
         "--early-stopping", metavar="N", type=integer(0), default=0, help="end a task after N without a new best"
@@ -143,7 +149,9 @@ def execute(arguments: argparse.Namespace, output: Output) -> None:
         output.detail(failure)
     _show(result, output)
     if not result.finished:
-        output.note(f"there are trials left; to go on: {_this_command()}")
+        late = not result.measured and arguments.time_budget is not None
+        none = f"nothing was measured in {arguments.time_budget:g} s, give it longer; " if late else ""
+        output.note(f"{none}there are trials left; to go on: {_this_command()}")
 
 
 def _this_command() -> str:
@@ -266,5 +274,6 @@ def _show(result: TuningResult, output: Output) -> None:
     output.result(
         document,
         record_table(result.device.name, records),
-        f"measured {result.measured} kernels{failed}; wrote {len(records)} records to {result.folder}",
+        f"measured {result.measured} kernels{failed}; "
+        + (f"wrote {len(records)} records to {result.folder}" if records else "no record was written"),
     )

@@ -18,6 +18,7 @@ from rotquant_tvm.errors import UsageError
         (["compile", "--target-llvm-mcpu=skylake", "m"], "--target-llvm-mcpu", "--target 'llvm -mcpu"),
         (["compile", "m", "--cross-compiler", "aarch64-linux-gnu-gcc"], "--cross-compiler", "CXX"),
         (["compile", "m", "-f", "mlf"], "-f", "artifact folder"),
+        (["compile", "m", "-fmlf"], "-f", "artifact folder"),
         (["compile", "m", "--output-format", "so"], "--output-format", "artifact folder"),
         (["compile", "m", "--module-name", "x"], "--module-name", "prefill, decode"),
         (["compile", "m", "--desired-layout", "NHWC"], "--desired-layout", "layout"),

@@ -138,7 +138,7 @@ def test_a_kernel_without_knobs_is_nothing_to_tune(tvmc):
 @pytest.mark.full
 def test_a_run_its_log_and_the_compile_that_uses_it(tvmc_process, tvmc, model, tmp_path):
     logs = tmp_path / "logs"
-    options = ("--kv-cache", "hurwitz3", "--shapes", "1x256", *QUICK, "-o", logs, "--json")
+    options = ("--kv-cache", "hurwitz3", "--shapes", "1x256", *QUICK, "--tuning-records", logs, "--json")
     options += ("--tasks", "attention_decode,linear 96,rsqrt")
     ended = tvmc_process("tune", model, *options)
     assert ended.status == 0, ended.err

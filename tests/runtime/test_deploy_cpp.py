@@ -51,6 +51,40 @@ def test_it_generates_what_the_model_says(program, artifact, fake_model, library
     assert f"KV cache: {library.info.cache_bytes(1, capacity) + 4} bytes" in done.stderr  # and the length
 
 
+def small_model(folder: Path, kv_cache: str) -> Path:
+    """An artifact of a random decoder of two layers, for any CPU with AVX2."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import rotquant_tvm
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).eval().save_pretrained(folder / "model")
+    rotquant_tvm.compile(folder / "model", kv_cache, target="llvm -mcpu=x86-64-v3").save(folder / "model.rq")
+    return folder / "model.rq"
+
+
+@pytest.mark.slow
+def test_it_generates_what_a_session_in_python_generates(program, tmp_path):
+    """Of a compiled decoder, through prefill, flushes and a ring."""
+    from rotquant_tvm.runtime import load
+
+    place = small_model(tmp_path, "rq3")
+    done = run(program, place, "--tokens", listed(range(1, 90)), "--max-tokens", 70, "--capacity", 200)
+    (expected,) = load(place, batch=1, capacity=200).generate([list(range(1, 90))], 70)
+    assert tokens_of(done) == list(expected.ids) and len(expected.ids) == 70
+
+
 def test_a_long_prompt_goes_in_chunks(program, artifact, fake_model):
     prompt = [33 + i * 7 % 90 for i in range(1100)]
     done = run(program, artifact, "--tokens", listed(prompt), "--max-tokens", 2, "--capacity", 1101)

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from ..runtime.test_deploy_cpp import PROMPT, build, listed, tokens_of
+from ..runtime.test_deploy_cpp import PROMPT, build, listed, small_model, tokens_of
 
 pytestmark = [
     pytest.mark.full,
@@ -88,27 +88,9 @@ def test_damaged_files_are_one_error(sanitized, artifact):
 @pytest.mark.parametrize("kv_cache", ["rq3", "iso4/q8_0", "hurwitz3+tcq"])
 def test_kernels_of_a_real_model_touch_only_what_is_theirs(kv_cache, tmp_path):
     """Prefill and decode of a compiled decoder in Valgrind: no access outside, no branch on what was never written."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import rotquant_tvm
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=256,
-    )
-    LlamaForCausalLM(config).eval().save_pretrained(tmp_path / "model")
-    compiled = rotquant_tvm.compile(tmp_path / "model", kv_cache, target="llvm -mcpu=x86-64-v3")
-    compiled.save(tmp_path / "model.rq")
+    artifact = small_model(tmp_path, kv_cache)
     program = build(tmp_path / "plain", "-DCMAKE_BUILD_TYPE=Debug")
-    command = [program, tmp_path / "model.rq", "--tokens", listed(range(1, 90)), "--max-tokens", 70, "--capacity", 200]
+    command = [program, artifact, "--tokens", listed(range(1, 90)), "--max-tokens", 70, "--capacity", 200]
     plain = run(command, TVM_NUM_THREADS="1")
     checked = run(
         ["valgrind", "--quiet", "--error-exitcode=99", "--undef-value-errors=yes", *command],
