@@ -5,9 +5,9 @@ QuantizedCache (its quanto and HQQ backends, where they are installed) and with 
 token by token. Prints bytes per token as held, true bits per element of a token that is quantized, the mean KL
 divergence of the next-token distributions from DynamicCache's in nats, and decode tokens/s.
 
-    python examples/compare_caches.py [--text FILE] [--prompt 384] [--tokens 128] [--windows 2] [--json]
+    python examples/compare_caches.py [--text FILE] [--prompt 384] [--tokens 128] [--windows 2] [--device cuda] [--json]
 
-A cache that cannot run is left out with the reason.
+On a GPU the model is float16, else float32. A cache that cannot run is left out with the reason.
 """
 
 from __future__ import annotations
@@ -53,11 +53,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=384, help="tokens that are read at once")
     parser.add_argument("--tokens", type=int, default=128, help="tokens that follow one by one")
     parser.add_argument("--windows", type=int, default=2, help="places of the text to measure at")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--caches", default=DEFAULTS, help=f"default: {DEFAULTS}")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments.model or smollm2())
-    rows = windows(tokenizer, arguments)
+    if arguments.device != "cpu":
+        model = model.to(arguments.device, torch.float16)
+    rows = [ids.to(model.device) for ids in windows(tokenizer, arguments)]
     names = list(dict.fromkeys(["dynamic", *arguments.caches.split(",")]))
     found, reference = [], []
     for name in names:
@@ -111,10 +114,11 @@ def measure(
 @torch.no_grad()
 def run(model: Any, cache: Cache, ids: torch.Tensor, prompt: int) -> tuple[torch.Tensor, float]:
     """Return the logits [tokens, vocab] behind the prompt, and the seconds of the single steps."""
-    logits = [model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1).logits[0]]
+    logits = [model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1).logits[0].cpu()]
     since = time.perf_counter()
     for position in range(prompt, ids.shape[1] - 1):
-        logits.append(model(ids[:, position : position + 1], past_key_values=cache).logits[0])
+        # A step ends when its logits are there, as it does where a token is chosen from them.
+        logits.append(model(ids[:, position : position + 1], past_key_values=cache).logits[0].cpu())
     return torch.cat(logits), time.perf_counter() - since
 
 
