@@ -21,6 +21,9 @@ from .report import Bandwidth
 
 Shape = tuple[int, ...]
 
+MOST_SETS = 1024
+"""Sets of buffers at most: those of small calls may not fill a large cache."""
+
 
 class BenchmarkDevice(ABC):
     """Arrays, timers and bandwidth of one device; ``target`` is what its kernels are compiled for.
@@ -93,7 +96,7 @@ class BenchmarkDevice(ABC):
     def rotated_bytes(self) -> int:
         """How many bytes a round of calls must touch for a call to find nothing of its own data in the cache."""
 
-    def sets(self, nbytes: int, most: int = 1024) -> int:
+    def sets(self, nbytes: int, most: int = MOST_SETS) -> int:
         """How many sets of buffers keep a call's data out of the cache, as far as the memory goes."""
         return sets_past_cache(nbytes, self.rotated_bytes(), most)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tvm
 
-from rotquant_tvm.benchmark.device import open_device
+from rotquant_tvm.benchmark.device import MOST_SETS, open_device
 from rotquant_tvm.errors import DeviceError
 from rotquant_tvm.linker import linker_command
 from rotquant_tvm.process_locks import locked_file
@@ -70,7 +70,7 @@ def test_results_are_wiped_between_candidates(bench, task):
 
 def test_enough_sets_to_leave_the_cache(bench, task):
     bench.prepare(task.measurement)
-    assert len(bench.sets) * task.measurement.nbytes > bench.device.cache_bytes or len(bench.sets) == 64
+    assert len(bench.sets) * task.measurement.nbytes > bench.device.cache_bytes or len(bench.sets) == MOST_SETS
 
 
 @pytest.mark.parametrize(
