@@ -220,7 +220,8 @@ class _Kernel:
         if self.bulk and self._two_blocks() and 2 * self.warps * self.layout.tile_bytes >= ENOUGH:
             blocks = i32(self.batch * self.streams) * self.place.splits
             depth = scalar(tir.Select(2 * blocks > 3 * self.multiprocessors, i32(1), depth))
-        return TileRing(self.shared, *places, self.stages, self.tile_words, lane, self.bulk, depth)
+        once = self.head_blocks == 1
+        return TileRing(self.shared, *places, self.stages, self.tile_words, lane, self.bulk, depth, once)
 
     def _centres(self) -> TileCentres | None:
         """The warp's place for centres, behind all rings."""

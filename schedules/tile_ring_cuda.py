@@ -10,12 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import tvm.tirx as tir
 from tvm.backend.cuda import op as cuda
 from tvm.tirx.script.builder import ir as T
 
 from .cuda_ops import WARP, Registers, ptx, u32, warp_sync
 
 Expr = Any
+EVICT_FIRST = 0x12F0000000000000
+"""The cache policy that gives up lines before all others, as ``createpolicy`` makes it (which takes an instruction)."""
 
 
 @dataclass
@@ -24,7 +27,7 @@ class TileRing:
 
     ``barrier``: the first word of the ring's barriers, two words each (unused without bulk copies). ``source(number)``
     gives the address of the stream's tile ``number``; tiles come and go in order. ``depth``: how many of the stages are
-    in use; all without bulk copies.
+    in use; all without bulk copies. ``once``: nobody else reads the tiles, which need not stay in the L2 cache.
     """
 
     shared: Any
@@ -35,6 +38,7 @@ class TileRing:
     lane: Expr
     bulk: bool
     depth: Expr
+    once: bool
 
     def __post_init__(self) -> None:
         self._stage, self._phase = Registers(1, "int32"), Registers(1, "int32")
@@ -97,13 +101,12 @@ class TileRing:
                 state = Registers(1, "uint64")
                 size = u32(4 * self.tile_words)
                 ptx("mbarrier.arrive.expect_tx.shared.b64", state[0], self._barrier(stage), size)
-                ptx(
-                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
-                    self.shared.ptr_to([at]),
-                    source(number, 0),
-                    size,
-                    self._barrier(stage),
-                )
+                operands = self.shared.ptr_to([at]), source(number, 0), size, self._barrier(stage)
+                copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                if self.once:
+                    ptx(f"{copy}.L2::cache_hint", *operands, tir.const(EVICT_FIRST, "uint64"))
+                else:
+                    ptx(copy, *operands)
             return
         with T.If(exists), T.Then():
             for start in range(0, self.tile_words, 4 * WARP):
