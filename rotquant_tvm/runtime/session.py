@@ -21,12 +21,16 @@ from rotquant_tvm.runtime.generation import Generation, GenerationConfig, Genera
 from rotquant_tvm.runtime.prompts import Chat, Prompt, prompt_rows
 from rotquant_tvm.runtime.sampling import SamplingConfig
 from rotquant_tvm.runtime.stopping import stop_strings
-from rotquant_tvm.runtime.token_rows import chunks, token_row, token_rows
+from rotquant_tvm.runtime.token_rows import chunks, joined_logits, token_row, token_rows
 
 if TYPE_CHECKING:
     from rotquant_tvm.runtime.library import CompiledLibrary
 
 DEFAULT_CHUNK = 512
+WITHOUT_EVERY_LOGIT = (
+    "the library returns the logits after the last token of a call only; compile the model with every_logit=True "
+    "(tvmc compile --every-logit)"
+)
 
 
 class Session:
@@ -87,11 +91,7 @@ class Session:
         cache policy a call that failed midway may cost tokens that had just left the ring, and with layers that keep
         only a window it may empty sequences: see ``lengths``.
         """
-        rows = token_rows(ids, self.batch, self.info.vocab_size)
-        new_lengths = np.array([len(row) for row in rows])
-        if not new_lengths.any():
-            raise UsageError("prefill was given no token; pass at least one")
-        self.check_room(self.lengths + new_lengths)
+        rows, _ = self._new_rows("prefill", ids)
         logits = np.full((self.batch, self.info.vocab_size), np.nan, np.float32)
         broken = np.zeros(self.batch, bool)
         with self._unchanged_on_error():
@@ -103,6 +103,25 @@ class Session:
                 broken |= taken & np.isnan(result).any(axis=1)
         logits[broken] = np.nan  # later chunks do not show it: what is stored of a NaN is 0
         return logits
+
+    def verify(self, ids: object) -> np.ndarray:
+        """Append tokens to every sequence, as ``prefill`` does, and return the logits after each of them.
+
+        For speculative decoding: append a draft in one call, compare, and ``crop`` what is rejected. Tokens of one call
+        see each other as stored (without a cache policy) or unquantized (with one). Returns float32 [batch, s, vocab],
+        s that of the longest row (4 · s · vocab bytes per sequence); it is NaN behind the end of a shorter row, and
+        from the first NaN on that the model gave. Raises as ``prefill``, and UsageError if the library was compiled
+        without ``every_logit``.
+        """
+        if not self.library.every_logit:
+            raise UsageError(WITHOUT_EVERY_LOGIT)
+        rows, new_lengths = self._new_rows("verify", ids)
+        parts = []
+        with self._unchanged_on_error():
+            for chunk_ids, chunk_lengths in chunks(rows, self.chunk):
+                parts.append(self._run("verify", chunk_ids, chunk_lengths))
+                self._cache.advance(chunk_lengths)
+            return joined_logits(parts, new_lengths)
 
     def decode(self, ids: object, active: Sequence[bool] | np.ndarray | None = None) -> np.ndarray:
         """Append one token to every sequence and return the logits after it.
@@ -248,6 +267,15 @@ class Session:
         self._machine.set_instrument(callback)
         self._instrumented = True
 
+    def _new_rows(self, call: str, ids: object) -> tuple[list[np.ndarray], np.ndarray]:
+        """Rows of new tokens and their lengths, once it is sure that they fit."""
+        rows = token_rows(ids, self.batch, self.info.vocab_size)
+        new_lengths = np.array([len(row) for row in rows])
+        if not new_lengths.any():
+            raise UsageError(f"{call} was given no token; pass at least one")
+        self.check_room(self.lengths + new_lengths)
+        return rows, new_lengths
+
     def _step(self, tokens: np.ndarray) -> np.ndarray:
         """Run decode: on CUDA the second step over a cache is recorded as a graph, which the others replay."""
         if self.library.device.type != "cuda" or self._instrumented or not self.library.info.recordable:
@@ -262,7 +290,7 @@ class Session:
             return self._graph.step(tokens)
 
     def _run(self, function: str, *inputs: np.ndarray) -> np.ndarray:
-        """Call the library with int32 inputs, the cache and the weights; returns float32 [batch, vocab]."""
+        """Call the library with int32 inputs, the cache and the weights; returns its logits, float32."""
         check_fork()
         device = self.library.device
         with device_errors(f"{function} failed on {device}", "no new token is held; see the sequences' lengths"):
