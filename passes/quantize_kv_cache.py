@@ -1,8 +1,9 @@
 """QuantizeKVCache: a decoder step with past keys and values becomes prefill and decode over a packed cache.
 
 The function "main" of a frontend is replaced by the compiled library's functions: four, and ``verify`` where logits
-after every token are wanted. Growing the cache becomes an append in place; attention becomes dequantize, un-rotate and dense attention: explicit, correct and slow, for the
-passes that follow (``HoistRotation``, ``LowerKVOps``) to move and fuse.
+after every token are wanted. Growing the cache becomes an append in place; attention becomes dequantize, un-rotate
+and dense attention: explicit, correct and slow, for the passes that follow (``HoistRotation``, ``LowerKVOps``) to move
+and fuse.
 """
 
 from __future__ import annotations

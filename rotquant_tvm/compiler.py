@@ -156,8 +156,8 @@ def compile(
     ``capacity``: tokens per sequence of a session that names none; lowered to the model's positions,
     and in the report as ``default_capacity``. ``dtype`` of the weights when they
     come from files. ``every_logit``: the library can return the logits after every token of a call (``Session.verify``,
-    for speculative decoding); a model that ``import_model`` returned was imported so or not. ``tuning_records``: a tuning log or a folder of them, which come before the user's and the
-    packaged ones; of a kernel's records the one made nearest to ``capacity`` and the batch counts (an open batch as 1).
+    for speculative decoding); a model that ``import_model`` returned was imported so or not.
+    ``tuning_records``: a tuning log or a folder of them, which come before the user's and the packaged ones; of a kernel's records the one made nearest to ``capacity`` and the batch counts (an open batch as 1).
     On GPUs a KV kernel has those of other sizes too, where they differ, and each launch takes the nearest.
     ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes.
     ``progress`` is called with the name of each stage. Raises ``UsageError``, ``FormatError``, ``ModelError``
@@ -175,9 +175,7 @@ def compile(
     context = pass_context(hooks.timed(timer), opt_level, pass_config)
     stages = _Stages(progress)
     stages.start("import")
-    imported = model if isinstance(model, ImportedModel) else import_model(
-        model, dtype=dtype, every_logit=every_logit
-    )
+    imported = model if isinstance(model, ImportedModel) else import_model(model, dtype=dtype, every_logit=every_logit)
     if every_logit and not imported.every_logit:
         raise UsageError("every_logit: the model was imported without it; use import_model(source, every_logit=True)")
     capacity = min(capacity, imported.config["max_position"] or capacity)

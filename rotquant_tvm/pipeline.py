@@ -34,9 +34,7 @@ DISABLED_PASSES = ("RewriteDataflowReshape",)
 REQUIRED_PASSES = ("QuantizeKVCache", "LegalizeOps")
 
 
-def kv_passes(
-    config: KVCacheConfig, target: tvm.target.Target, every_logit: bool = False
-) -> list[tvm.transform.Pass]:
+def kv_passes(config: KVCacheConfig, target: tvm.target.Target, every_logit: bool = False) -> list[tvm.transform.Pass]:
     """Return the project's passes on the model's graph, in order; ``every_logit`` as of ``QuantizeKVCache``."""
     from .passes.expand_power import ExpandPower
     from .passes.find_attention import FindAttention

@@ -30,7 +30,8 @@ def compile_report(
     stay in 16 bits where they were to be quantized ("kept"); totals; the
     true bits per element of whole sequences of ``LENGTHS`` tokens, and their bytes beside those of an f16 cache of
     every token, every array counted as it is allocated; the KV kernels in the module, and the tuning records that all
-    kernels are from; the batch, if it is fixed; whether there are logits after every token; seconds per stage, and per pass of the pipeline.
+    kernels are from; the batch, if it is fixed; whether there are logits after every token;
+    seconds per stage, and per pass of the pipeline.
     """
     from .passes.fold_rotation import fold_texts, folded_rotations
     from .passes.quantize_kv_cache import kept_layers

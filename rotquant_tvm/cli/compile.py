@@ -5,6 +5,7 @@ For example:
   tvmc compile ./llama --kv-cache iso3/planar3 --kv-layers "0,-1=f16" --target cuda
   tvmc compile model.gguf --kv-cache iso3 --kv-sinks 4 --kv-recent 8 --kv-center 64
   tvmc compile model.gguf --input-shapes "ids:[1,-1]"
+  tvmc compile model.gguf --every-logit
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHAPES",
         type=input_shapes,
         help="'ids:[4,-1]' compiles for a batch of 4 alone; -1 is dynamic (default: ids:[-1,-1])",
+    )
+    parser.add_argument(
+        "--every-logit",
+        action="store_true",
+        help="the library can also return the logits after every token of a call, for speculative decoding",
     )
     parser.add_argument(
         "-o", "--output", metavar="DIR", help="the artifact's folder (default: MODEL's name with .rq, here)"
@@ -152,6 +158,7 @@ def _compile(
         input_shapes=arguments.input_shapes,
         capacity=arguments.kv_capacity,
         dtype=arguments.dtype,
+        every_logit=arguments.every_logit,
         tuning_records=arguments.tuning_records,
         opt_level=arguments.opt_level,
         pass_config=configuration,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
     from rotquant_tvm.runtime.library import CompiledLibrary
 
 DEFAULT_CHUNK = 512
-WITHOUT_EVERY_LOGIT = (
-    "the library returns the logits after the last token of a call only; compile the model with every_logit=True "
-    "(tvmc compile --every-logit)"
-)
 
 
 class Session:
@@ -94,7 +89,7 @@ class Session:
         rows, _ = self._new_rows("prefill", ids)
         logits = np.full((self.batch, self.info.vocab_size), np.nan, np.float32)
         broken = np.zeros(self.batch, bool)
-        with self._unchanged_on_error():
+        with self._cache.unchanged_on_error():
             for chunk_ids, chunk_lengths in chunks(rows, self.chunk):
                 result = self._run("prefill", chunk_ids, chunk_lengths)
                 self._cache.advance(chunk_lengths)
@@ -113,11 +108,10 @@ class Session:
         from the first NaN on that the model gave. Raises as ``prefill``, and UsageError if the library was compiled
         without ``every_logit``.
         """
-        if not self.library.every_logit:
-            raise UsageError(WITHOUT_EVERY_LOGIT)
+        self.library.check_every_logit()
         rows, new_lengths = self._new_rows("verify", ids)
         parts = []
-        with self._unchanged_on_error():
+        with self._cache.unchanged_on_error():
             for chunk_ids, chunk_lengths in chunks(rows, self.chunk):
                 parts.append(self._run("verify", chunk_ids, chunk_lengths))
                 self._cache.advance(chunk_lengths)
@@ -139,7 +133,7 @@ class Session:
             raise UsageError(f"active needs {self.batch} truth values, at least one of them true")
         lengths = self.lengths
         self.check_room(lengths + taking)
-        with self._unchanged_on_error():
+        with self._cache.unchanged_on_error():
             # Decode appends to every sequence. A full one has no slot for a token to be taken back, and in a 16-bit
             # ring it may push others out.
             waiting = bool((lengths[~taking] >= self.capacity).any()) or self._cache.policy.segmented
@@ -298,14 +292,3 @@ class Session:
             result = self._machine[function](*tensors, *self._cache.tensors, *self.library.weights)
             logits: np.ndarray = result.numpy()
         return logits
-
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        """Go back to the sequences before, as far as they are whole, if the library fails or is interrupted."""
-        before = self.lengths
-        try:
-            yield
-        except BaseException:
-            with suppress(Exception):  # a device that is gone refuses; the first error is the one to see
-                self._cache.restore(before)
-            raise
