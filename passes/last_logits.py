@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tvm
 from tvm import relax
-from tvm_ffi import structural_walk
+from tvm_ffi import structural_equal, structural_walk
 
 from .binding_copy import BindingCopy
 
@@ -85,7 +85,7 @@ class _Output:
             return call.args[0] if len(call.args[1].ty.shape) == 2 and self._fixed(call.args[1]) else None
         if name in _BINARY:
             tokens = [arg for arg in call.args if not self._fixed(arg)]
-            if len(tokens) == 1 and tvm.ir.structural_equal(tokens[0].ty.shape, var.ty.shape):
+            if len(tokens) == 1 and structural_equal(tokens[0].ty.shape, var.ty.shape):
                 return tokens[0]
         return None
 

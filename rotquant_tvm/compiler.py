@@ -157,10 +157,11 @@ def compile(
     and in the report as ``default_capacity``. ``dtype`` of the weights when they
     come from files. ``every_logit``: the library can return the logits after every token of a call (``Session.verify``,
     for speculative decoding); a model that ``import_model`` returned was imported so or not.
-    ``tuning_records``: a tuning log or a folder of them, which come before the user's and the packaged ones; of a kernel's records the one made nearest to ``capacity`` and the batch counts (an open batch as 1).
-    On GPUs a KV kernel has those of other sizes too, where they differ, and each launch takes the nearest.
-    ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes.
-    ``progress`` is called with the name of each stage. Raises ``UsageError``, ``FormatError``, ``ModelError``
+    ``tuning_records``: a tuning log or a folder of them, which come before the user's and the packaged ones; of a
+    kernel's records the one made nearest to ``capacity`` and the batch counts (an open batch as 1). On GPUs a KV kernel
+    has those of other sizes too, where they differ, and each launch takes the nearest. ``opt_level`` and
+    ``pass_config`` are TVM's; ``hooks`` watch or disable passes. ``progress`` is called with the name of each stage.
+    Raises ``UsageError``, ``FormatError``, ``ModelError``
     or ``DeviceError``.
     """
     config = KVCacheConfig.of(kv_cache, kv_layers)

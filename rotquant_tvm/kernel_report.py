@@ -39,7 +39,8 @@ def layer_kernels(mod: tvm.IRModule, layers: int) -> list[list[dict[str, Any]]]:
     """Per layer, its KV kernels in the order in which prefill, decode and verify first call them.
 
     A kernel is {"operator", "kernel" (its name in the module), "functions" (which of these call it), "source"}.
-    It is a layer's if it takes one of the layer's cache arrays, which are the functions' inputs whose names end in ``_<layer>``, or what an update in place made of one.
+    It is a layer's if it takes one of the layer's cache arrays, which are the functions' inputs whose names end in
+    ``_<layer>``, or what an update in place made of one.
     """
     found: list[dict[str, dict[str, Any]]] = [{} for _ in range(layers)]
     names = {gvar.name_hint for gvar in mod.get_global_vars()}

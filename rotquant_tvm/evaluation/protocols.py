@@ -69,7 +69,8 @@ class EveryToken:
         yield self._verify(library, ids)
 
     def _verify(self, library: CompiledLibrary, ids: np.ndarray) -> Predictions:
-        session = library.session(*ids.shape, chunk=ids.shape[1])
+        batch, context = ids.shape
+        session = library.session(batch, context, chunk=context)
         since = time.perf_counter()
         logits = session.verify(ids)
         return Predictions(1, logits[:, :-1], time.perf_counter() - since)

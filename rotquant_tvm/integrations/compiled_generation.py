@@ -142,7 +142,7 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # generate must not make a cache: the first call of forward starts a session
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
@@ -150,9 +150,8 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         batch_size: int,
         *arguments: Any,
     ) -> None:
-        super()._prepare_cache_for_generation(  # type: ignore[no-untyped-call]
-            generation_config, model_kwargs, generation_mode, batch_size, *arguments
-        )
+        given = (generation_config, model_kwargs, generation_mode, batch_size, *arguments)
+        super()._prepare_cache_for_generation(*given)  # type: ignore[misc]
         if generation_mode == GenerationMode.ASSISTED_GENERATION:  # which wants the cache before the first call
             self.library.check_every_logit()
             if model_kwargs.get("past_key_values") is None:
