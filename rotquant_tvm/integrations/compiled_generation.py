@@ -47,7 +47,7 @@ class SessionCache(Cache):
         rows = [row[:count] for row, count in zip(packed, new.lengths, strict=True)]
         if keep > 1:
             real = np.ones((len(rows), keep), bool) if columns.real is None else columns.real[:, -keep:]
-            logits = self._verify(rows, real)
+            logits = self._verify(rows, real, keep < ids.shape[1])
         elif new.whole and ids.shape[1] == 1:
             logits = self.session.decode(packed)[:, None]
         else:
@@ -55,21 +55,25 @@ class SessionCache(Cache):
         self.columns = columns
         return logits
 
-    def _verify(self, rows: Sequence[np.ndarray], real: np.ndarray) -> np.ndarray:
-        """Append ``rows``; returns the logits after the last columns, of which ``real`` bool [batch, columns] tells."""
-        session, kept = self.session, real.sum(axis=1)
-        session.library.check_every_logit()
+    def _verify(self, rows: Sequence[np.ndarray], real: np.ndarray, prompt: bool) -> np.ndarray:
+        """Append ``rows``; returns the logits after the last columns, of which ``real`` bool [batch, columns] tells.
+
+        A ``prompt`` is all before these and the first of them. It is prefilled, as without a draft behind it.
+        """
+        session, draft = self.session, real[:, 1:] if prompt else real
+        kept = draft.sum(axis=1)
         starts = [len(row) - count for row, count in zip(rows, kept, strict=True)]
-        heads, tails = zip(*((row[:at], row[at:]) for row, at in zip(rows, starts, strict=True)), strict=True)
         session.check_room(session.lengths + [len(row) for row in rows])
         logits = np.full((*real.shape, session.info.vocab_size), np.nan, np.float32)
         broken = np.zeros(len(rows), bool)
         with session.cache.unchanged_on_error():
             if any(starts):
-                broken = np.isnan(session.prefill(list(heads))).any(axis=1) & (np.array(starts) > 0)
-            if real.any():
-                found = session.verify(list(tails))
-                logits[real] = found[np.arange(found.shape[1]) < kept[:, None]]
+                found = session.prefill([row[:start] for row, start in zip(rows, starts, strict=True)])
+                broken = np.isnan(found).any(axis=1) & (np.array(starts) > 0)
+                logits[real[:, 0], 0] = found[real[:, 0]]
+            if draft.any():
+                found = session.verify([row[start:] for row, start in zip(rows, starts, strict=True)])
+                logits[:, -draft.shape[1] :][draft] = found[np.arange(found.shape[1]) < kept[:, None]]
         logits[broken] = np.nan
         return logits
 

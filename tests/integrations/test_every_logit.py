@@ -15,11 +15,11 @@ from rotquant_tvm.integrations.compiled_generation import CompiledForCausalLM
 from rotquant_tvm.runtime import load_library
 
 from ..sampling import sampled
-from .tiny_models import padded, tiny, tokens
+from .tiny_models import POLICY, padded, tiny, tokens
 
 PAST = [row[:length].tolist() for row, length in zip(tokens(3, 3, 50), (20, 50, 3), strict=True)]
 DRAFT = [row[:length].tolist() for row, length in zip(tokens(4, 3, 5), (5, 0, 3), strict=True)]
-FORMATS = ["iso3", "hurwitz3,sinks=3,recent=8,center=32"]
+FORMATS = ["iso3", POLICY]
 
 
 @pytest.fixture(scope="module", params=sampled(FORMATS, FORMATS[:1]))
@@ -55,14 +55,6 @@ def test_verify_gives_what_decode_gives(session):
         assert np.isnan(found[row, len(ids) :]).all()
 
 
-def test_prefill_returns_the_last_of_them(library):
-    """In chunks too; its tokens see each other unquantized, so a single one tells."""
-    every, last = library.session(batch=3), library.session(batch=3)
-    np.testing.assert_array_equal(every.verify([[5], [6], [7]])[:, 0], last.prefill([[5], [6], [7]]))
-    cut = library.session(batch=3, chunk=16).prefill(PAST)
-    assert cut.shape == (3, 61) and not np.isnan(cut).any()
-
-
 def test_a_rejected_draft_leaves_no_trace(session):
     twin = session.fork()
     session.verify(DRAFT)
@@ -70,7 +62,18 @@ def test_a_rejected_draft_leaves_no_trace(session):
     np.testing.assert_array_equal(decoded(session, 0, [9, 8, 7]), decoded(twin, 0, [9, 8, 7]))
 
 
-def test_generation_and_saved_caches_work_as_without(library, compiled, tmp_path):
+@pytest.mark.full
+def test_other_calls_are_those_of_a_library_without(compiled):
+    """Prefill to the bit, and verify where the chunk is unquantized in both; a saved cache serves either."""
+    plain, every = compiled.library(), rotquant_tvm.compile(tiny(), POLICY, capacity=128, every_logit=True).library()
+    sessions = [made.session(batch=3, chunk=16) for made in (plain, every, every)]
+    first, second = (session.prefill(PAST) for session in sessions[:2])
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(sessions[2].verify(PAST)[range(3), [19, 49, 2]], first)
+    assert plain.identity == every.identity
+
+
+def test_generation_and_saved_caches_work(library, compiled, tmp_path):
     prompt = PAST[0]
     plain = library.session(capacity=64).generate(prompt, max_tokens=12).ids
     session = library.session(capacity=64)
@@ -109,8 +112,9 @@ def test_logits_of_the_last_columns(model):
     kept = model(ids, attention_mask=mask, logits_to_keep=4)
     assert kept.past_key_values.session.lengths.tolist() == [9, 6]
     apart = model.library.session(batch=2)
-    apart.prefill([ids[0, :5].tolist(), ids[1, 3:5].tolist()])
-    np.testing.assert_allclose(kept.logits, apart.verify(ids[:, 5:].numpy()), atol=1e-4)
+    first = apart.prefill([ids[0, :6].tolist(), ids[1, 3:6].tolist()])
+    np.testing.assert_allclose(kept.logits[:, 0], first, atol=1e-4)
+    np.testing.assert_allclose(kept.logits[:, 1:], apart.verify(ids[:, 6:].numpy()), atol=1e-4)
     single = model(ids[:, :1], attention_mask=mask[:, :1], logits_to_keep=0).logits  # nothing but padding in one row
     assert single.shape == (2, 1, 61) and torch.isnan(single).all(dim=2).tolist() == [[False], [True]]
 
