@@ -5,7 +5,6 @@ For example:
   tvmc compile ./llama --kv-cache iso3/planar3 --kv-layers "0,-1=f16" --target cuda
   tvmc compile model.gguf --kv-cache iso3 --kv-sinks 4 --kv-recent 8 --kv-center 64
   tvmc compile model.gguf --input-shapes "ids:[1,-1]"
-  tvmc compile model.gguf --every-logit
 """
 
 from __future__ import annotations
