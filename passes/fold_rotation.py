@@ -28,11 +28,12 @@ REPORT_ATTR = "rotquant.folded_rotations"
 """JSON: per layer {role: {"weights": names, "reason": why not}} for the roles q, k, v and out."""
 
 FUNCTIONS = ("prefill", "decode")
+"""Those of every library; ``verify`` is a third of some."""
 
 
 @tvm.transform.module_pass(opt_level=0, name="FoldRotation")
 class FoldRotation:
-    """Fold rotations into weights in "prefill" and "decode", which share the weights: both or neither.
+    """Fold rotations into weights in the functions, which share the weights: all or none.
 
     Runs after ``HoistRotation`` and before the passes that pack weights (weights that are packed stay as they are).
     The functions say what their weights must take over (``folded_weights``), and what was folded.
@@ -42,14 +43,15 @@ class FoldRotation:
         """Rewrite ``mod``; without both functions, or a second time, nothing changes."""
         names = {gvar.name_hint for gvar in mod.get_global_vars()}
         done = (RECIPES_ATTR, REPORT_ATTR)
-        if not names.issuperset(FUNCTIONS) or any(attr in mod[name].attrs for name in FUNCTIONS for attr in done):
+        functions = [*FUNCTIONS, *names.intersection({"verify"})]
+        if not names.issuperset(FUNCTIONS) or any(attr in mod[name].attrs for name in functions for attr in done):
             return mod
-        found = {name: FoldableRotations(mod, mod[name]) for name in FUNCTIONS}
+        found = {name: FoldableRotations(mod, mod[name]) for name in functions}
         folds = _agreed(*found.values())
         result = _Fold(mod, found, folds).transform()
         records = [record for layer in folds for role in ROLES for record in layer[role].weights]
         report = json.dumps([{role: _described(role, layer[role]) for role in ROLES} for layer in folds])
-        for name in FUNCTIONS:
+        for name in functions:
             func = with_weight_rotations(result[name], records).with_attr(REPORT_ATTR, report)
             result.update_func(result.get_global_var(name), func)
         return result

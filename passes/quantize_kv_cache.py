@@ -1,8 +1,9 @@
 """QuantizeKVCache: a decoder step with past keys and values becomes prefill and decode over a packed cache.
 
-The function "main" of a frontend is replaced by the compiled library's four functions. Growing the cache becomes an
-append in place; attention becomes dequantize, un-rotate and dense attention: explicit, correct and slow, for the
-passes that follow (``HoistRotation``, ``LowerKVOps``) to move and fuse.
+The function "main" of a frontend is replaced by the compiled library's functions: four, and ``verify`` where logits
+after every token are wanted. Growing the cache becomes an append in place; attention becomes dequantize, un-rotate
+and dense attention: explicit, correct and slow, for the passes that follow (``HoistRotation``, ``LowerKVOps``) to move
+and fuse.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rotquant_tvm.kv_cache_config import KVCacheConfig
 from .binding_copy import BindingCopy
 from .find_attention import dataflow_graph, find_attention
 from .kv_kernels import KernelLibrary
+from .last_logits import returns_every_logit, with_last_logits
 from .layer_cache import LayerCache
 from .simulate_kv_cache import Simulation
 from .site_attention import SiteAttention, StepLengths
@@ -32,7 +34,9 @@ KEPT_ATTR = "rotquant.kept"
 """Function attribute: JSON, by layer why its "k" or "v" stay in 16 bits (``KVCacheConfig.fitted``)."""
 
 
-def cache_info(func: relax.Function, layers: list[LayerCache], names: list[str]) -> dict[str, Any]:
+def cache_info(
+    func: relax.Function, layers: list[LayerCache], names: list[str], every_logit: bool = False
+) -> dict[str, Any]:
     """The description that ``kv_cache_info()`` returns (plain data)."""
     logits = func.ret_ty.fields[0]
     limit = func.attrs.get("rotquant.max_position")
@@ -44,7 +48,7 @@ def cache_info(func: relax.Function, layers: list[LayerCache], names: list[str])
         "max_position": int(limit) if limit is not None else 2**31 - 1,
         "dtype": str(logits.dtype),
         "weights": names,
-    }
+    } | ({"every_logit": True} if every_logit else {})
 
 
 @tvm.transform.module_pass(opt_level=0, name="QuantizeKVCache")
@@ -52,13 +56,16 @@ class QuantizeKVCache:
     """Give the function "main" a packed KV cache, or, with ``simulate``, quantize and dequantize its K and V in place.
 
     ``simulate`` works on models without a cache too, keeps the signature and spells attention out, soft-capping and
-    windows included, so that TVM can compile the result; it is for judging quality. Raises
+    windows included, so that TVM can compile the result; it is for judging quality. ``every_logit``, for a step that
+    returns the logits after every token: beside ``prefill`` and ``decode``, which return those after the last one,
+    there is ``verify``, a prefill that returns all. Its tokens see each other as ``decode`` would show them where a
+    layer has no policy, and as ``prefill`` does where it has one: in 16 bits or more. Raises
     ``ModelError`` naming the first site that cannot be rewritten, and ``FormatError`` for a head dimension that a
     format cannot take.
     """
 
-    def __init__(self, config: KVCacheConfig, simulate: bool = False) -> None:
-        self.config, self.simulate = config, simulate
+    def __init__(self, config: KVCacheConfig, simulate: bool = False, every_logit: bool = False) -> None:
+        self.config, self.simulate, self.every_logit = config, simulate, every_logit
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``mod``."""
@@ -74,25 +81,34 @@ class QuantizeKVCache:
             if site.reason:
                 raise ModelError(f"attention {site.index} ({site.output.name}) cannot be rewritten: {site.reason}")
         names = [f"weight_{i:04d}" for i in range(len(func.params) - int(func.attrs["num_input"]))]
-        info = json.dumps(cache_info(func, layers, names))
-        step = tvm.IRModule({"main": func})
-        seq = func.params[0].ty.shape[1]
-        single = relax.utils.copy_with_new_vars(relax.transform.BindSymbolicVars({seq.name: 1}, "main")(step)["main"])
+        info = json.dumps(cache_info(func, layers, names, self.every_logit))
+        steps = self._steps(func)
         builder = relax.BlockBuilder(_without_main(mod))
         kernels = KernelLibrary(builder)
         builder.add_func(_info_function(info), "kv_cache_info")
         builder.add_func(_create_function(layers), "create_kv_cache")
-        for name, body in (("prefill", func), ("decode", single)):
-            chunk = name == "prefill"
-            step = _CachedStep(builder, kernels, body, layers, chunk, chunk and self.config.quantize_chunk)
-            step.emit(name)
+        for name, body in steps.items():
+            chunk = name != "decode"
+            quantize = chunk and self.config.quantize_chunk
+            _CachedStep(builder, kernels, body, layers, chunk, quantize, name == "verify").emit(name)
         result = builder.finalize()
-        result = relax.transform.DeadCodeElimination(["prefill", "decode", "create_kv_cache", "kv_cache_info"])(result)
+        result = relax.transform.DeadCodeElimination([*steps, "create_kv_cache", "kv_cache_info"])(result)
         if kept:
-            for name in ("prefill", "decode"):
+            for name in steps:
                 result[name] = result[name].with_attr(KEPT_ATTR, json.dumps(kept))
         relax.analysis.well_formed(result)
         return result
+
+    def _steps(self, func: relax.Function) -> dict[str, relax.Function]:
+        """The model's step as each of the library's functions computes it, by name."""
+        every = {}
+        if self.every_logit:
+            if not returns_every_logit(func):
+                raise ModelError("the step returns the logits of one token; import the model with every_logit=True")
+            every["verify"], func = func, with_last_logits(func)
+        seq, step = func.params[0].ty.shape[1], tvm.IRModule({"main": func})
+        single = relax.transform.BindSymbolicVars({seq.name: 1}, "main")(step)["main"]
+        return {"prefill": func, "decode": relax.utils.copy_with_new_vars(single)} | every
 
 
 def kept_layers(func: relax.Function) -> dict[int, dict[str, str]]:
@@ -151,7 +167,8 @@ def _create_function(layers: list[LayerCache]) -> relax.Function:
 class _CachedStep:
     """Rebuilds one step function over the packed cache.
 
-    With ``quantize`` the chunk's keys and values are quantized and dequantized before attention reads them.
+    With ``quantize`` the chunk's keys and values are quantized and dequantized before attention reads them, with
+    ``as_decode`` those of layers without a policy.
     """
 
     def __init__(
@@ -162,11 +179,12 @@ class _CachedStep:
         layers: list[LayerCache],
         chunk: bool,
         quantize: bool,
+        as_decode: bool,
     ) -> None:
         self.builder, self.kernels, self.func, self.chunk = builder, kernels, func, chunk
         sites = find_attention(func)
         self.sites = {site.output: site for site in sites}
-        self.layers, self.quantize = layers, quantize
+        self.layers, self.quantize, self.as_decode = layers, quantize, as_decode
         self.inputs = int(func.attrs["num_input"])
         self.batch, self.seq = func.params[0].ty.shape
         self.copy = BindingCopy(builder)
@@ -196,7 +214,7 @@ class _CachedStep:
                 stored = list(zip(self.layers, arrays, strict=True))
                 counts = StepLengths(total, new_lengths, *plan)
                 attention = SiteAttention(
-                    self.builder, self.kernels, self.copy, stored, counts, self.chunk, self.quantize
+                    self.builder, self.kernels, self.copy, stored, counts, self.chunk, self.quantize, self.as_decode
                 )
                 output = self.builder.emit_output(attention.joined(self._body(attention)))
             self.builder.emit_func_output(output)

@@ -32,8 +32,9 @@ class StepLengths:
 class SiteAttention:
     """Emits attentions into ``builder``; with ``chunk`` several tokens are new, and see each other.
 
-    ``quantize``: a chunk's tokens are quantized and dequantized before anything sees them. ``appended`` collects arrays
-    that were updated and have no reader.
+    ``quantize``: a chunk's tokens are quantized and dequantized before anything sees them. ``as_decode``: they see each
+    other as one-by-one decode would show them, where that quantizes a token at once. ``appended`` collects arrays that
+    were updated and have no reader.
     """
 
     builder: relax.BlockBuilder
@@ -43,6 +44,7 @@ class SiteAttention:
     lengths: StepLengths
     chunk: bool
     quantize: bool
+    as_decode: bool = False
     appended: list[relax.Var] = field(default_factory=list)
 
     def emit(self, site: AttentionSite) -> relax.Var:
@@ -74,7 +76,7 @@ class SiteAttention:
     def _straight(
         self, layer: LayerCache, shape: SiteShape, cache: relax.Var, query: relax.Var, new: list[relax.Var]
     ) -> relax.Var:
-        """Every token is quantized as it comes, and then attended to; a chunk's tokens see each other raw.
+        """Every token is quantized as it comes, and then attended to; a chunk's tokens see each other raw or so.
 
         Into a ring of tiles a chunk comes after the attention, which reads what it takes the place of.
         """
@@ -84,7 +86,8 @@ class SiteAttention:
         past = self._past(
             layer, self.kernels.dequantize_cache(shape), [cache], cache.ty.shape[2] * TOKENS, self.lengths.total
         )
-        operands = [query, *past, *(new if self.chunk else ()), self.lengths.total, self.lengths.new]
+        seen = self._as_stored(layer, new) if self.as_decode and not self.quantize else new
+        operands = [query, *past, *(seen if self.chunk else ()), self.lengths.total, self.lengths.new]
         output = self.builder.emit(relax.call_tir(self.kernels.attention_dense(shape), operands, query.ty))
         if not first:
             self.appended.append(self._append_tiles(layer, shape, cache, new, [output]))
@@ -177,6 +180,14 @@ class SiteAttention:
             pair = emit(relax.call_tir(split, [rotated, self.lengths.new], [x.ty, x.ty]))
             remainder, centre = (emit(relax.TupleGetItem(pair, i)) for i in range(2))
             results.append(self._rotate(emit(self._roundtrip(codec, remainder) + centre), codec.inverse_rotation))
+        return results
+
+    def _as_stored(self, layer: LayerCache, new: list[relax.Var]) -> list[relax.Var]:
+        """What will be read of new keys and values once they are stored."""
+        results = []
+        for x, codec in zip(new, layer.codecs, strict=True):
+            stored = self._roundtrip(codec, self._rotate(x, codec.rotation))
+            results.append(self._rotate(stored, codec.inverse_rotation))
         return results
 
     def _roundtrip(self, codec: Codec, x: relax.Var) -> relax.Var:

@@ -21,6 +21,7 @@ from .frontend import ImportedModel, TokenizerData, import_model
 from .frontend.import_notes import import_notes
 from .frontend.source_format import source_format
 from .input_shapes import fixed_batch
+from .kernel_report import FUNCTIONS
 from .kv_cache_config import KVCacheConfig
 from .linker import export_library, linker_command
 from .pass_hooks import PassHooks, PassTimer
@@ -139,6 +140,7 @@ def compile(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     capacity: int = DEFAULT_CAPACITY,
     dtype: str = "float32",
+    every_logit: bool = False,
     tuning_records: str | os.PathLike[str] | None = None,
     opt_level: int = 3,
     pass_config: Mapping[str, Any] | None = None,
@@ -153,11 +155,13 @@ def compile(
     kinds. ``input_shapes``: ``{"ids": [1, -1]}`` compiles for that batch alone, by default for any.
     ``capacity``: tokens per sequence of a session that names none; lowered to the model's positions,
     and in the report as ``default_capacity``. ``dtype`` of the weights when they
-    come from files. ``tuning_records``: a tuning log or a folder of them, which come before the user's and the
-    packaged ones; of a kernel's records the one made nearest to ``capacity`` and the batch counts (an open batch as 1).
-    On GPUs a KV kernel has those of other sizes too, where they differ, and each launch takes the nearest.
-    ``opt_level`` and ``pass_config`` are TVM's; ``hooks`` watch or disable passes.
-    ``progress`` is called with the name of each stage. Raises ``UsageError``, ``FormatError``, ``ModelError``
+    come from files. ``every_logit``: the library can return the logits after every token of a call (``Session.verify``,
+    for speculative decoding); a model that ``import_model`` returned was imported so or not.
+    ``tuning_records``: a tuning log or a folder of them, which come before the user's and the packaged ones; of a
+    kernel's records the one made nearest to ``capacity`` and the batch counts (an open batch as 1). On GPUs a KV kernel
+    has those of other sizes too, where they differ, and each launch takes the nearest. ``opt_level`` and
+    ``pass_config`` are TVM's; ``hooks`` watch or disable passes. ``progress`` is called with the name of each stage.
+    Raises ``UsageError``, ``FormatError``, ``ModelError``
     or ``DeviceError``.
     """
     config = KVCacheConfig.of(kv_cache, kv_layers)
@@ -172,12 +176,14 @@ def compile(
     context = pass_context(hooks.timed(timer), opt_level, pass_config)
     stages = _Stages(progress)
     stages.start("import")
-    imported = model if isinstance(model, ImportedModel) else import_model(model, dtype=dtype)
+    imported = model if isinstance(model, ImportedModel) else import_model(model, dtype=dtype, every_logit=every_logit)
+    if every_logit and not imported.every_logit:
+        raise UsageError("every_logit: the model was imported without it; use import_model(source, every_logit=True)")
     capacity = min(capacity, imported.config["max_position"] or capacity)
     mod = _with_batch(_with_limit(imported), batch)
     with context:
         stages.start("rewrite the KV cache")
-        mod = run_passes(mod, kv_passes(config, target), target)
+        mod = run_passes(mod, kv_passes(config, target, imported.every_logit), target)
         stages.start("pack weights")
         mod, weights = _final_weights(mod, imported.weights)
         stages.start("schedule")
@@ -266,8 +272,9 @@ def _final_weights(
     from .passes.weight_recipes import make_weights, weight_recipes
 
     recipes = weight_recipes(mod["decode"])
-    if recipes != weight_recipes(mod["prefill"]):
-        raise RuntimeError("prefill and decode disagree about the packed weights")
+    steps = {gvar.name_hint for gvar in mod.get_global_vars()}.intersection(FUNCTIONS)
+    if any(weight_recipes(mod[name]) != recipes for name in steps):
+        raise RuntimeError("the library's functions disagree about the packed weights")
     final = None if weights is None else [np.asarray(w) for w in make_weights(mod["decode"], weights)]
     info = read_cache_info(mod)
     info["weights"] = [f"weight_{i:04d}" for i in range(len(recipes))]

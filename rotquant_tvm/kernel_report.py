@@ -14,7 +14,7 @@ from .ops.site_shape import OP_ATTR
 from .schedules.knobs import RECORD_ATTR
 from .schedules.vector_kv_kernels import HAND_LAID_ATTR
 
-FUNCTIONS = ("prefill", "decode")
+FUNCTIONS = ("prefill", "decode", "verify")
 _TIR_CALLS = ("relax.call_tir", "relax.call_tir_inplace")
 _LAYER = re.compile(r"_(\d+)$")
 
@@ -36,11 +36,11 @@ def records_used(mod: tvm.IRModule) -> list[dict[str, Any]]:
 
 
 def layer_kernels(mod: tvm.IRModule, layers: int) -> list[list[dict[str, Any]]]:
-    """Per layer, its KV kernels in the order in which prefill and decode first call them.
+    """Per layer, its KV kernels in the order in which prefill, decode and verify first call them.
 
-    A kernel is {"operator", "kernel" (its name in the module), "functions" (which of prefill and decode call it),
-    "source"}. It is a layer's if it takes one of the layer's cache arrays, which are the functions' inputs whose
-    names end in ``_<layer>``, or what an update in place made of one.
+    A kernel is {"operator", "kernel" (its name in the module), "functions" (which of these call it), "source"}.
+    It is a layer's if it takes one of the layer's cache arrays, which are the functions' inputs whose names end in
+    ``_<layer>``, or what an update in place made of one.
     """
     found: list[dict[str, dict[str, Any]]] = [{} for _ in range(layers)]
     names = {gvar.name_hint for gvar in mod.get_global_vars()}

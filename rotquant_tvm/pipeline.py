@@ -34,8 +34,8 @@ DISABLED_PASSES = ("RewriteDataflowReshape",)
 REQUIRED_PASSES = ("QuantizeKVCache", "LegalizeOps")
 
 
-def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.transform.Pass]:
-    """Return the project's passes on the model's graph, in order."""
+def kv_passes(config: KVCacheConfig, target: tvm.target.Target, every_logit: bool = False) -> list[tvm.transform.Pass]:
+    """Return the project's passes on the model's graph, in order; ``every_logit`` as of ``QuantizeKVCache``."""
     from .passes.expand_power import ExpandPower
     from .passes.find_attention import FindAttention
     from .passes.fold_rotation import FoldRotation
@@ -45,7 +45,8 @@ def kv_passes(config: KVCacheConfig, target: tvm.target.Target) -> list[tvm.tran
     from .passes.quantize_kv_cache import QuantizeKVCache
     from .passes.widen_arithmetic import WidenArithmetic
 
-    passes = [ExpandPower(), FindAttention(), QuantizeKVCache(config), HoistRotation(), LowerKVOps()]
+    passes = [ExpandPower(), FindAttention(), QuantizeKVCache(config, every_logit=every_logit)]
+    passes += [HoistRotation(), LowerKVOps()]
     if target.kind.name == "llvm":
         passes.insert(0, WidenArithmetic())
         passes.insert(-1, FoldRotation())  # before LowerKVOps; on GPUs append and attention rotate by themselves

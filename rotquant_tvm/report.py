@@ -30,7 +30,8 @@ def compile_report(
     stay in 16 bits where they were to be quantized ("kept"); totals; the
     true bits per element of whole sequences of ``LENGTHS`` tokens, and their bytes beside those of an f16 cache of
     every token, every array counted as it is allocated; the KV kernels in the module, and the tuning records that all
-    kernels are from; the batch, if it is fixed; seconds per stage, and per pass of the pipeline.
+    kernels are from; the batch, if it is fixed; whether there are logits after every token;
+    seconds per stage, and per pass of the pipeline.
     """
     from .passes.fold_rotation import fold_texts, folded_rotations
     from .passes.quantize_kv_cache import kept_layers
@@ -82,6 +83,7 @@ def compile_report(
         "kernels": kv_kernels(mod),
         "tuning_records": records_used(mod),
         "batch": info.get("batch"),
+        "every_logit": info.get("every_logit", False),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "pass_seconds": {name: round(value, 4) for name, value in (pass_seconds or {}).items()},
     }

@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="'ids:[4,-1]' compiles for a batch of 4 alone; -1 is dynamic (default: ids:[-1,-1])",
     )
     parser.add_argument(
+        "--every-logit",
+        action="store_true",
+        help="the library can also return the logits after every token of a call, for speculative decoding",
+    )
+    parser.add_argument(
         "-o", "--output", metavar="DIR", help="the artifact's folder (default: MODEL's name with .rq, here)"
     )
     parser.add_argument(
@@ -152,6 +157,7 @@ def _compile(
         input_shapes=arguments.input_shapes,
         capacity=arguments.kv_capacity,
         dtype=arguments.dtype,
+        every_logit=arguments.every_logit,
         tuning_records=arguments.tuning_records,
         opt_level=arguments.opt_level,
         pass_config=configuration,

@@ -90,10 +90,14 @@ def kernel_table(report: Mapping[str, Any]) -> Table:
             users.setdefault(kernel["kernel"], []).append(layer["layer"])
             kernels[kernel["kernel"]] = kernel
     rows = [
-        [_spans(users[name]), kernel["operator"], name, " and ".join(kernel["functions"]), kernel["source"]]
+        [_spans(users[name]), kernel["operator"], name, _listed(kernel["functions"]), kernel["source"]]
         for name, kernel in kernels.items()
     ]
     return table("KV kernels", ["layers", "operator", "kernel", "used by", "from"], rows, left=5)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import tvm
 
 from rotquant_tvm.errors import UsageError
-from rotquant_tvm.runtime.device import device_errors
 
 if TYPE_CHECKING:
     from rotquant_tvm.runtime import CompiledLibrary
@@ -68,16 +66,13 @@ class EveryToken:
     def predictions(self, library: CompiledLibrary, ids: np.ndarray) -> Iterator[Predictions]:
         """Send windows int32 [batch, context] through an empty cache, in one call, and yield their predictions."""
         # Nothing here holds on to the logits: they may go as soon as they were compared.
-        yield self._prefill(library, np.ascontiguousarray(ids, np.int32))
+        yield self._verify(library, ids)
 
-    def _prefill(self, library: CompiledLibrary, ids: np.ndarray) -> Predictions:
-        cache = library.create_cache(*ids.shape)
-        machine = library.virtual_machine()
-        lengths = np.full(len(ids), ids.shape[1], np.int32)
+    def _verify(self, library: CompiledLibrary, ids: np.ndarray) -> Predictions:
+        batch, context = ids.shape
+        session = library.session(batch, context, chunk=context)
         since = time.perf_counter()
-        with device_errors(f"prefill failed on {library.device}", "use a smaller context or batch"):
-            tensors = [tvm.runtime.tensor(array, library.device) for array in (ids, lengths)]
-            logits = _host(machine["prefill"](*tensors, *cache.tensors, *library.weights))
+        logits = session.verify(ids)
         return Predictions(1, logits[:, :-1], time.perf_counter() - since)
 
 
@@ -123,11 +118,3 @@ class Generation:
 
 
 TextProtocol: TypeAlias = EveryToken | Generation
-
-
-def _host(tensor: tvm.runtime.Tensor) -> np.ndarray:
-    """Return a tensor's values, without a copy where it lies in this process's memory."""
-    if tensor.device.dlpack_device_type() == tvm.cpu().dlpack_device_type():
-        return np.from_dlpack(tensor)
-    values: np.ndarray = tensor.numpy()
-    return values

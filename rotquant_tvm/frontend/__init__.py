@@ -28,8 +28,8 @@ def import_model(
 
     ``dtype`` ("float32", "float16" or "bfloat16") is that of the weights and the past when they come from a directory
     or a .gguf file; other sources keep their own. ``every_logit``: the step returns the logits after every token,
-    [batch, seq, vocab], for measuring how well it predicts a text; sessions need the ordinary form. Nothing is read
-    from the network, and of a .pt2 file nothing is run or unpickled.
+    [batch, seq, vocab], as ``Session.verify`` of what is compiled from it does. Nothing is read from the network, and
+    of a .pt2 file nothing is run or unpickled.
     Raises UsageError for another dtype, ModelError for a source that cannot be imported or when an optional
     package is missing.
     """

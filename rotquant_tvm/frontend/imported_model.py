@@ -49,3 +49,8 @@ class ImportedModel:
     weight_names: list[str]
     config: dict[str, Any]
     tokenizer: TokenizerData | None = None
+
+    @property
+    def every_logit(self) -> bool:
+        """Whether the step returns the logits after every token."""
+        return len(self.mod["main"].ret_ty.fields[0].shape) == 3

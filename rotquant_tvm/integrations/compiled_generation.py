@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -33,17 +34,47 @@ class SessionCache(Cache):
         """The session's capacity."""
         return self.session.capacity
 
-    def step(self, ids: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray:
-        """Append the real tokens among ids [batch, columns]; returns float32 [batch, vocab] after them."""
+    def step(self, ids: torch.Tensor, mask: torch.Tensor | None, keep: int = 1) -> np.ndarray:
+        """Append the real tokens among ids [batch, columns].
+
+        Returns float32 logits [batch, keep, vocab]: with ``keep`` 1 those after the last real token, else those after
+        the last ``keep`` columns (NaN where there is padding).
+        """
         if ids.shape[0] != self.columns.batch:
             raise UsageError(f"the session holds {self.columns.batch} sequences and was given {ids.shape[0]}")
         columns, new = self.columns.extended(ids.shape[1], mask)
         packed = new.packed(ids.cpu(), 1).numpy()
-        if new.whole and ids.shape[1] == 1:
-            logits = self.session.decode(packed)
+        rows = [row[:count] for row, count in zip(packed, new.lengths, strict=True)]
+        if keep > 1:
+            real = np.ones((len(rows), keep), bool) if columns.real is None else columns.real[:, -keep:]
+            logits = self._verify(rows, real, keep < ids.shape[1])
+        elif new.whole and ids.shape[1] == 1:
+            logits = self.session.decode(packed)[:, None]
         else:
-            logits = self.session.prefill([row[:count] for row, count in zip(packed, new.lengths, strict=True)])
+            logits = self.session.prefill(rows)[:, None]
         self.columns = columns
+        return logits
+
+    def _verify(self, rows: Sequence[np.ndarray], real: np.ndarray, prompt: bool) -> np.ndarray:
+        """Append ``rows``; returns the logits after the last columns, of which ``real`` bool [batch, columns] tells.
+
+        A ``prompt`` is all before these and the first of them. It is prefilled, as without a draft behind it.
+        """
+        session, draft = self.session, real[:, 1:] if prompt else real
+        kept = draft.sum(axis=1)
+        starts = [len(row) - count for row, count in zip(rows, kept, strict=True)]
+        session.check_room(session.lengths + [len(row) for row in rows])
+        logits = np.full((*real.shape, session.info.vocab_size), np.nan, np.float32)
+        broken = np.zeros(len(rows), bool)
+        with session.cache.unchanged_on_error():
+            if any(starts):
+                found = session.prefill([row[:start] for row, start in zip(rows, starts, strict=True)])
+                broken = np.isnan(found).any(axis=1) & (np.array(starts) > 0)
+                logits[real[:, 0], 0] = found[real[:, 0]]
+            if draft.any():
+                found = session.verify([row[start:] for row, start in zip(rows, starts, strict=True)])
+                logits[:, -draft.shape[1] :][draft] = found[np.arange(found.shape[1]) < kept[:, None]]
+        logits[broken] = np.nan
         return logits
 
     def reset(self) -> None:
@@ -82,8 +113,9 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
     """A library as a causal LM: ``CompiledForCausalLM(library).generate(input_ids, do_sample=True, …)``.
 
     ``capacity``: tokens per sequence of the sessions that calls without a cache start (None: the library's).
-    Sampling, logits processors, stopping criteria, streamers, padded batches and beams are transformers'; a library
-    computes the logits after the last token alone, so speculative decoding is refused. Nothing can be trained.
+    Sampling, logits processors, stopping criteria, streamers, padded batches and beams are transformers'. Speculative
+    decoding (``assistant_model=``, ``prompt_lookup_num_tokens=``) needs a library compiled with ``every_logit``, others
+    refuse it. Nothing can be trained.
     """
 
     config_class = PretrainedConfig
@@ -114,6 +146,24 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # generate must not make a cache: the first call of forward starts a session
 
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        *arguments: Any,
+    ) -> None:
+        given = (generation_config, model_kwargs, generation_mode, batch_size, *arguments)
+        super()._prepare_cache_for_generation(*given)  # type: ignore[misc]
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:  # which wants the cache before the first call
+            self.library.check_every_logit()
+            if model_kwargs.get("past_key_values") is None:
+                model_kwargs["past_key_values"] = self._new_cache(batch_size)
+
+    def _new_cache(self, batch: int) -> SessionCache:
+        return SessionCache(self.library.session(batch=batch, capacity=self.capacity))
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -123,16 +173,21 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         return_dict: bool = True,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Append ``input_ids`` [batch, columns]; returns logits [batch, 1, vocab] and the cache.
+        """Append ``input_ids`` [batch, columns]; returns logits [batch, kept, vocab] and the cache.
 
-        ``attention_mask``: [batch, columns held and new], 0 where there is padding. Raises ``UsageError`` for a cache
-        of another kind or for more logits than the last, ``KVCacheFull`` if the tokens do not fit.
+        ``attention_mask``: [batch, columns held and new], 0 where there is padding. ``logits_to_keep``: after how many
+        of the columns, the last ones, logits are wanted; 0: after all (NaN after padding), 1: after the last token.
+        Raises ``UsageError`` for a cache of another kind, or for more logits than the last of a library compiled
+        without ``every_logit``; ``KVCacheFull`` if the tokens do not fit.
         """
-        if logits_to_keep != 1 and input_ids.shape[1] > 1:
-            raise UsageError("a compiled library computes the logits after the last token only (logits_to_keep=1)")
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise UsageError(f"logits_to_keep is {logits_to_keep!r}; give the number of last columns, 0 for all")
+        keep = min(logits_to_keep or input_ids.shape[1], input_ids.shape[1])
+        if keep > 1:
+            self.library.check_every_logit()
         if past_key_values is None:
-            past_key_values = SessionCache(self.library.session(batch=input_ids.shape[0], capacity=self.capacity))
+            past_key_values = self._new_cache(input_ids.shape[0])
         if not isinstance(past_key_values, SessionCache):
             raise UsageError(f"past_key_values is a {type(past_key_values).__name__}; a compiled library has its own")
-        logits: Any = torch.from_numpy(past_key_values.step(input_ids, attention_mask))[:, None]
+        logits: Any = torch.from_numpy(past_key_values.step(input_ids, attention_mask, keep))
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

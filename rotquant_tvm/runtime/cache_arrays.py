@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import tvm
@@ -130,6 +131,17 @@ class CacheArrays:
             safe = np.minimum(lengths, self.policy.sinks + self._packed)
             lengths = np.where(moved, safe, lengths)
         self.set_lengths(np.where(self._written.possible(lengths), lengths, 0))
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Go back to the sequences before, as far as they are whole, if the library fails or is interrupted."""
+        before = self.lengths
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # a device that is gone refuses; the first error is the one to see
+                self.restore(before)
+            raise
 
     def shortest_crop(self) -> np.ndarray:
         """Return the least numbers of tokens, int [batch], that ``crop`` can keep, none aside.

@@ -31,8 +31,12 @@ _COUNTS = "counts"
 
 
 def library_identity(info: Mapping[str, Any], weights: Sequence[Tensor]) -> str:
-    """SHA-256 (hex) over ``kv_cache_info()`` and every weight; about a second per GB of weights."""
-    digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
+    """SHA-256 (hex) over ``kv_cache_info()`` and every weight; about a second per GB of weights.
+
+    Which logits a library returns says nothing of its cache, and is left out.
+    """
+    stored = {key: value for key, value in info.items() if key != "every_logit"}
+    digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode())
     for weight in weights:
         array = weight.numpy()
         digest.update(f"{array.dtype}{array.shape}".encode())

@@ -67,6 +67,7 @@ class KVCacheInfo:
 
     ``batch`` is the one number of sequences that the library was compiled for, or None if it takes any;
     ``max_batch`` the most that its kernels take, or None. ``recordable``: a step's launches may be replayed.
+    ``every_logit``: there is a function ``verify``, which returns the logits after every token.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -77,6 +78,7 @@ class KVCacheInfo:
     batch: int | None = None
     max_batch: int | None = None
     recordable: bool = False
+    every_logit: bool = False
     document: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @classmethod
@@ -105,6 +107,7 @@ class KVCacheInfo:
             batch=positive(document, "batch", where) if "batch" in document else None,
             max_batch=positive(document, "max_batch", where) if "max_batch" in document else None,
             recordable=entry(document, "recordable", bool, where) if "recordable" in document else False,
+            every_logit=entry(document, "every_logit", bool, where) if "every_logit" in document else False,
             document=dict(document),
         )
 

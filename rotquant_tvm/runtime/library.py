@@ -81,6 +81,19 @@ class CompiledLibrary:
         require_positive("chunk", chunk)
         return Session(self, self.create_cache(batch, capacity), int(capacity), int(chunk))
 
+    @property
+    def every_logit(self) -> bool:
+        """Whether it was compiled with ``every_logit``, so that its sessions can ``verify``."""
+        return self.info.every_logit
+
+    def check_every_logit(self) -> None:
+        """Raise UsageError unless the library has the logits after every token."""
+        if not self.every_logit:
+            raise UsageError(
+                "the library computes the logits after the last token only; compile the model with every_logit=True "
+                "(tvmc compile --every-logit)"
+            )
+
     @cached_property
     def identity(self) -> str:
         """What a saved cache and the library must have in common: SHA-256 (hex) of cache form and weights."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from rotquant_tvm.runtime.generation import Generation, GenerationConfig, Genera
 from rotquant_tvm.runtime.prompts import Chat, Prompt, prompt_rows
 from rotquant_tvm.runtime.sampling import SamplingConfig
 from rotquant_tvm.runtime.stopping import stop_strings
-from rotquant_tvm.runtime.token_rows import chunks, token_row, token_rows
+from rotquant_tvm.runtime.token_rows import chunks, joined_logits, token_row, token_rows
 
 if TYPE_CHECKING:
     from rotquant_tvm.runtime.library import CompiledLibrary
@@ -87,14 +86,10 @@ class Session:
         cache policy a call that failed midway may cost tokens that had just left the ring, and with layers that keep
         only a window it may empty sequences: see ``lengths``.
         """
-        rows = token_rows(ids, self.batch, self.info.vocab_size)
-        new_lengths = np.array([len(row) for row in rows])
-        if not new_lengths.any():
-            raise UsageError("prefill was given no token; pass at least one")
-        self.check_room(self.lengths + new_lengths)
+        rows, _ = self._new_rows("prefill", ids)
         logits = np.full((self.batch, self.info.vocab_size), np.nan, np.float32)
         broken = np.zeros(self.batch, bool)
-        with self._unchanged_on_error():
+        with self._cache.unchanged_on_error():
             for chunk_ids, chunk_lengths in chunks(rows, self.chunk):
                 result = self._run("prefill", chunk_ids, chunk_lengths)
                 self._cache.advance(chunk_lengths)
@@ -103,6 +98,24 @@ class Session:
                 broken |= taken & np.isnan(result).any(axis=1)
         logits[broken] = np.nan  # later chunks do not show it: what is stored of a NaN is 0
         return logits
+
+    def verify(self, ids: object) -> np.ndarray:
+        """Append tokens to every sequence, as ``prefill`` does, and return the logits after each of them.
+
+        For speculative decoding: append a draft in one call, compare, and ``crop`` what is rejected. Tokens of one call
+        see each other as stored (without a cache policy) or unquantized (with one). Returns float32 [batch, s, vocab],
+        s that of the longest row (4 · s · vocab bytes per sequence); it is NaN behind the end of a shorter row, and
+        from the first NaN on that the model gave. Raises as ``prefill``, and UsageError if the library was compiled
+        without ``every_logit``.
+        """
+        self.library.check_every_logit()
+        rows, new_lengths = self._new_rows("verify", ids)
+        parts = []
+        with self._cache.unchanged_on_error():
+            for chunk_ids, chunk_lengths in chunks(rows, self.chunk):
+                parts.append(self._run("verify", chunk_ids, chunk_lengths))
+                self._cache.advance(chunk_lengths)
+            return joined_logits(parts, new_lengths)
 
     def decode(self, ids: object, active: Sequence[bool] | np.ndarray | None = None) -> np.ndarray:
         """Append one token to every sequence and return the logits after it.
@@ -120,7 +133,7 @@ class Session:
             raise UsageError(f"active needs {self.batch} truth values, at least one of them true")
         lengths = self.lengths
         self.check_room(lengths + taking)
-        with self._unchanged_on_error():
+        with self._cache.unchanged_on_error():
             # Decode appends to every sequence. A full one has no slot for a token to be taken back, and in a 16-bit
             # ring it may push others out.
             waiting = bool((lengths[~taking] >= self.capacity).any()) or self._cache.policy.segmented
@@ -248,6 +261,15 @@ class Session:
         self._machine.set_instrument(callback)
         self._instrumented = True
 
+    def _new_rows(self, call: str, ids: object) -> tuple[list[np.ndarray], np.ndarray]:
+        """Rows of new tokens and their lengths, once it is sure that they fit."""
+        rows = token_rows(ids, self.batch, self.info.vocab_size)
+        new_lengths = np.array([len(row) for row in rows])
+        if not new_lengths.any():
+            raise UsageError(f"{call} was given no token; pass at least one")
+        self.check_room(self.lengths + new_lengths)
+        return rows, new_lengths
+
     def _step(self, tokens: np.ndarray) -> np.ndarray:
         """Run decode: on CUDA the second step over a cache is recorded as a graph, which the others replay."""
         if self.library.device.type != "cuda" or self._instrumented or not self.library.info.recordable:
@@ -262,7 +284,7 @@ class Session:
             return self._graph.step(tokens)
 
     def _run(self, function: str, *inputs: np.ndarray) -> np.ndarray:
-        """Call the library with int32 inputs, the cache and the weights; returns float32 [batch, vocab]."""
+        """Call the library with int32 inputs, the cache and the weights; returns its logits, float32."""
         check_fork()
         device = self.library.device
         with device_errors(f"{function} failed on {device}", "no new token is held; see the sequences' lengths"):
@@ -270,14 +292,3 @@ class Session:
             result = self._machine[function](*tensors, *self._cache.tensors, *self.library.weights)
             logits: np.ndarray = result.numpy()
         return logits
-
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        """Go back to the sequences before, as far as they are whole, if the library fails or is interrupted."""
-        before = self.lengths
-        try:
-            yield
-        except BaseException:
-            with suppress(Exception):  # a device that is gone refuses; the first error is the one to see
-                self._cache.restore(before)
-            raise

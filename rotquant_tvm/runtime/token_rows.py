@@ -68,3 +68,15 @@ def chunks(rows: Sequence[np.ndarray], width: int) -> Iterator[tuple[np.ndarray,
         for index, part in enumerate(parts):
             ids[index, : len(part)] = part
         yield ids, np.array([len(part) for part in parts], np.int32)
+
+
+def joined_logits(parts: Sequence[np.ndarray], lengths: np.ndarray) -> np.ndarray:
+    """Join chunks' logits [batch, w, vocab]; the first ``lengths[i]`` of row i are real.
+
+    What lies behind these is NaN, and so is what follows a NaN in its row: of a NaN 0 is stored, and later chunks do
+    not show it. A single chunk is changed in place.
+    """
+    logits = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    absent = np.isnan(logits.max(axis=2)) | (np.arange(logits.shape[1]) >= lengths[:, None])
+    logits[np.logical_or.accumulate(absent, axis=1)] = np.nan
+    return logits

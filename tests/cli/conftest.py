@@ -170,6 +170,7 @@ def compiled(model, tmp_path_factory, tvmc_process) -> Compiled:
         "compile",
         model,
         *("-ctk", "iso3", "-ctv", "planar3", "--kv-layers", "-1=rq4", "--kv-capacity", 128),
+        "--every-logit",
         *("--dump-code", "ir,tir,asm", "--print-pass-times", "--print-ir-after", "HoistRotation"),
         *("--pass-config", "tirx.disable_cse_tir=true", "-O2", "-o", artifact, "--json"),
     )

@@ -39,6 +39,15 @@ def test_formats_are_those_asked_for(compiled):
     assert manifest.report == compiled.ended.document["report"] and manifest.default_capacity == 128
 
 
+def test_logits_after_every_token_are_told_of(compiled, tvmc):
+    report = compiled.ended.document["report"]
+    assert report["every_logit"] and any("verify" in kernel["functions"] for kernel in report["layers"][0]["kernels"])
+    assert tvmc("inspect", compiled.artifact, "--json").document["every_logit"]
+    assert re.search("^logits +after every token", tvmc("inspect", compiled.artifact).out, re.M)
+    session = load(compiled.artifact)
+    assert session.library.every_logit and session.verify([1, 2, 3]).shape == (1, 3, 258)
+
+
 def test_code_stands_beside_the_artifact(compiled):
     names = ["tiny.rq", "tiny.rq.asm", "tiny.rq.ir", "tiny.rq.tir"]
     assert sorted(os.listdir(compiled.artifact.parent)) == names

@@ -69,11 +69,14 @@ def test_some_sequences_are_kept(model, kept):
 def test_what_is_refused(model):
     with pytest.raises(UsageError, match="a DynamicCache"):
         model(IDS, past_key_values=DynamicCache(config=tiny().config))
-    with pytest.raises(UsageError, match="after the last token only"):
-        model(IDS, logits_to_keep=0)
+    for keep in (0, 2):
+        with pytest.raises(UsageError, match="after the last token only; compile the model with every_logit=True"):
+            model(IDS, logits_to_keep=keep)
+    with pytest.raises(UsageError, match="logits_to_keep is -1"):
+        model(IDS, logits_to_keep=-1)
     with pytest.raises(UsageError, match="holds 1 sequences and was given 2"):
         model(IDS, past_key_values=SessionCache(model.library.session()))
     with pytest.raises(KVCacheFull):
         model.generate(IDS, attention_mask=MASK, max_new_tokens=40, min_new_tokens=40)
-    with pytest.raises(RuntimeError, match="assisted decoding"):
+    with pytest.raises(UsageError, match=r"tvmc compile --every-logit"):
         model.generate(IDS[:1], prompt_lookup_num_tokens=3, max_new_tokens=5)
