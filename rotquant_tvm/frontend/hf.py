@@ -19,7 +19,7 @@ from rotquant_tvm.frontend.size_limits import check_layer_counts, modules_within
 from rotquant_tvm.frontend.tokenizer import has_tokenizer, tokenizer_data
 
 _REMEDY = "pip install 'rotquant-tvm[torch]'"
-_FILES_ALONE = {"local_files_only": True, "trust_remote_code": False}
+_FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing from the network, and no code of the model's own: transformers would ask on a terminal whether to run it."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def token_ids(entry: Any) -> set[int]:
     return {end for end in named if type(end) is int and 0 <= end < 1 << 31}
 
 
-def chat_end(tokenizer: tokenizers.Tokenizer, template: str | None, tokens: dict[str, str | None]) -> int | None:
+def chat_end(tokenizer: tokenizers.Tokenizer, template: str | None, tokens: Mapping[str, str | None]) -> int | None:
     """The id of the special token that a chat template puts right behind an assistant's message, or None.
 
     ``tokens``: the special tokens by the names that templates know them by.

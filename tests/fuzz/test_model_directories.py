@@ -70,7 +70,9 @@ def configs() -> st.SearchStrategy:
     """Configurations with entries of other values, and other parts changed in any way."""
     valid = json.loads(directory_files()["config.json"])
     one = st.sampled_from(sorted(ENTRIES)).flatmap(lambda key: ENTRIES[key].map(lambda value: {key: value}))
-    meant = st.lists(one, min_size=1, max_size=3).map(lambda parts: {k: v for part in (valid, *parts) for k, v in part.items()})
+    meant = st.lists(one, min_size=1, max_size=3).map(
+        lambda parts: {k: v for part in (valid, *parts) for k, v in part.items()}
+    )
     return meant | changed(valid) | meant.flatmap(changed) | PLAIN
 
 

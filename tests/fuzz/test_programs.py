@@ -154,7 +154,7 @@ _OPAQUE = (CONSTANTS + "opaque_obj_0", WEIGHTS + "weight_99", "extra/bomb", "con
 
 @forms(25, 1_500)
 def test_archives_of_any_bytes(examples, path):
-    """The archive's own entries: offsets, sizes, counts, names, methods, in the directory at its end and before records."""
+    """The archive's own entries: offsets, sizes, counts, names and methods, at its end and before records."""
     valid = zipped(program_records())
     start = valid.index(b"PK\x01\x02")
     pieces = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"../", b"\0" * 8, b"\xff" * 8)

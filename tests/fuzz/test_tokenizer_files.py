@@ -19,8 +19,9 @@ from .reading import read
 NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 PIECES = (
     *(b"{{", b"}}", b"{%", b"%}", b"{% for i in range(9999) %}", b"{% endfor %}", b"messages", b"{{ m.__class__ }}"),
-    *(b"{{ 'x' * 99999999999 }}", b"{{ 9 ** 9 ** 9 }}", b"{{ m['role'] ~ 1/0 }}", b"{% include 'x' %}", b"(" * 3000),
-    *(b"{{ '%0999999999d' % 1 }}", b"{{ range(99999) | list * 9999 }}", b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+    *(b"{{ 'x' * 99999999999 }}", b"{{ 9 ** 9 ** 9 }}", b"{{ m['role'] ~ 1/0 }}", b"(" * 3000),
+    *(b"{{ '%0999999999d' % 1 }}", b"{{ range(99999) | list * 9999 }}", b"{% include 'x' %}"),
+    b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 )
 """What readers of chat templates stumble over."""
 
