@@ -65,7 +65,9 @@ def test_templates_and_ids_of_other_kinds_are_left_out(folder):
     assert data.chat_template == TEMPLATE and data.eos_token_ids == (3, 4)
 
 
-@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ 'x' * 99999999999 }}", "{{ " + "(" * 3000, "{{ 9 ** 9 ** 9 }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ 'x' * 99999999999 }}", "{{ " + "(" * 3000, "{{ 9 ** 9 ** 9 }}"]
+)
 def test_templates_that_fail_in_any_way_are_kept(template, folder):
     (folder / "chat_template.jinja").write_text(template)
     assert folder_tokenizer(folder).chat_template == template

@@ -36,9 +36,9 @@ def packed(kind: int, value: Any) -> bytes:
         return struct.pack("<IQ", element, len(values)) + b"".join(packed(element, each) for each in values)
     code = CODES.get(kind, "I")
     if code in "fd":
-        return struct.pack("<" + code, value if isinstance(value, float) or abs(value) < 2**64 else 0.0)
-    bits = 8 * struct.calcsize(code)
-    return int(int(value) % 2**bits if code != "?" else bool(value)).to_bytes(bits // 8, "little")
+        return struct.pack("<" + code, float("inf") if code == "f" and abs(value) > 3e38 else value)
+    size = struct.calcsize(code)
+    return (int(value) % 2 ** (8 * size)).to_bytes(size, "little")
 
 
 @dataclass
