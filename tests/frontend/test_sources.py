@@ -205,3 +205,27 @@ def test_special_tokens_that_are_none_are_refused_and_templates_left_out(tiny, t
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
     with pytest.raises(ModelError, match="cannot be loaded: maximum recursion depth"):
         import_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../elsewhere.safetensors", "absent", "", ".", "a\0b", 1, None])
+def test_an_index_that_names_anything_but_files_of_its_folder_is_refused(name, tiny, tmp_path):
+    folder = tmp_path / "model"
+    tiny("Llama").save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (tmp_path / "elsewhere.safetensors").write_bytes((folder / "part.safetensors").read_bytes())
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tiny("Llama").state_dict(), "part.safetensors")}
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps(index))
+    assert import_model(folder).weights
+    index["weight_map"]["lm_head.weight"] = name
+    file.write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="which is no file in this folder"):
+        import_model(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 1}', "[" * 100_000])
+def test_an_index_that_is_none_is_refused(text, tiny, tmp_path):
+    tiny("Llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match="is no index of weights"):
+        import_model(tmp_path)
