@@ -17,7 +17,7 @@ from rotquant_tvm.frontend.imported_model import TokenizerData
 from rotquant_tvm.frontend.quiet import first_line, quiet
 from rotquant_tvm.frontend.size_limits import check_layer_counts, modules_within
 from rotquant_tvm.frontend.tokenizer import has_tokenizer, tokenizer_data
-from rotquant_tvm.frontend.weight_index import check_weight_indexes
+from rotquant_tvm.frontend.weight_index import check_weight_index
 
 _REMEDY = "pip install 'rotquant-tvm[torch]'"
 _FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -60,7 +60,7 @@ def _load_directory(path: Path, dtype: torch.dtype) -> LoadedModel:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ModelError(f"{file}: transformers does not know the model type {str(model_type)[:80]!r}")
     check_layer_counts(file, declared)
-    check_weight_indexes(path)
+    check_weight_index(path)
     check_decoder(_attempt(path, lambda: AutoConfig.from_pretrained(path, **_FILES_ALONE)))
     stored = sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
     with modules_within(path, stored, "directory"):

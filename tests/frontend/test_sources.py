@@ -227,5 +227,7 @@ def test_an_index_that_names_anything_but_files_of_its_folder_is_refused(name, t
 def test_an_index_that_is_none_is_refused(text, tiny, tmp_path):
     tiny("Llama").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert import_model(tmp_path).weights  # an index beside the whole is not read
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="is no index of weights"):
         import_model(tmp_path)
