@@ -14,7 +14,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 def check_weight_index(folder: Path) -> None:
     """Refuse an index in the place of weights that names anything but files of the folder.
 
-    Others may be devices, which never end, or somebody else's. Files behind links count as the folder's. Raises ModelError, also for an index that cannot be read.
+    Others may be devices, which never end, or somebody else's. Files behind links count as the folder's. Raises
+    ModelError, also for an index that cannot be read.
     """
     for name in WEIGHTS:
         if (folder / name).is_file():
