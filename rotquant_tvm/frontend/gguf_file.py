@@ -102,7 +102,7 @@ def _walk(header: _Header, path: Path) -> GGUFSummary:
         key = header.string()
         (kind,) = header.read("I")
         metadata[key] = header.value(kind)
-    end = 0
+    end = total = 0
     for _ in range(tensors):
         name = header.string()
         (rank,) = header.read("I")
@@ -112,9 +112,14 @@ def _walk(header: _Header, path: Path) -> GGUFSummary:
             block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         except (KeyError, ValueError) as error:
             raise ModelError(f"{path}: the tensor {name!r} has the unknown type {kind}") from error
-        end = max(end, offset + -(-elements // block) * block_bytes)
-    alignment = int(metadata.get("general.alignment") or 32)
+        stored = -(-elements // block) * block_bytes
+        end, total = max(end, offset + stored), total + stored
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ModelError(f"{path}: its alignment (general.alignment) is {str(alignment)[:30]!r}, not a number of bytes")
     start = -(-header.offset // alignment) * alignment
+    if start + end <= len(header.data) < total:  # all at once they would take more memory than the file has bytes
+        raise ModelError(f"{path} is damaged: its tensors have {total} bytes in all and it has {len(header.data)}")
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ModelError(f"{path} does not name its architecture (general.architecture)")

@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rotquant_tvm.errors import ModelError
+from rotquant_tvm.errors import ModelError, RotQuantError
+from rotquant_tvm.frontend.error_text import is_panic
 from rotquant_tvm.frontend.imported_model import TokenizerData
 from rotquant_tvm.frontend.quiet import first_line, quiet
+from rotquant_tvm.frontend.size_limits import check_layer_counts, modules_within
 from rotquant_tvm.frontend.tokenizer import has_tokenizer, tokenizer_data
+from rotquant_tvm.frontend.weight_index import check_weight_index
 
 _REMEDY = "pip install 'rotquant-tvm[torch]'"
+_FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing from the network, and no code of the model's own: transformers would ask on a terminal whether to run it."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,15 @@ def _load_directory(path: Path, dtype: torch.dtype) -> LoadedModel:
         raise ModelError(f"{file} cannot be read: {error}") from error
     if not isinstance(declared, dict) or "model_type" not in declared:
         raise ModelError(f"{file} names no model_type")
-    if declared["model_type"] not in CONFIG_MAPPING:
-        raise ModelError(f"{file}: transformers does not know the model type {declared['model_type']!r}")
-    check_decoder(_attempt(path, lambda: AutoConfig.from_pretrained(path, local_files_only=True)))
-    model = _load_model(path, {"pretrained_model_name_or_path": path}, dtype)
+    model_type = declared["model_type"]
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ModelError(f"{file}: transformers does not know the model type {str(model_type)[:80]!r}")
+    check_layer_counts(file, declared)
+    check_weight_index(path)
+    check_decoder(_attempt(path, lambda: AutoConfig.from_pretrained(path, **_FILES_ALONE)))
+    stored = sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
+    with modules_within(path, stored, "directory"):
+        model = _load_model(path, {"pretrained_model_name_or_path": path}, dtype)
     return LoadedModel(model, _load_tokenizer(path, {}, model) if has_tokenizer(path) else None)
 
 
@@ -65,7 +75,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
         raise ModelError(f"reading {path} needs the package gguf: {_REMEDY}") from error
     summary = read_summary(path)
     arguments = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    with parsed_once():
+    with parsed_once(), modules_within(path, path.stat().st_size, "gguf"):
         model = _load_model(path, arguments, dtype)
         tokenizer = _load_tokenizer(path, arguments, model) if summary.has_tokenizer else None
     return LoadedModel(model, tokenizer)
@@ -77,7 +87,7 @@ def _load_model(path: Path, arguments: dict[str, Any], dtype: torch.dtype) -> Pr
     model, report = _attempt(
         path,
         lambda: AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=dtype, local_files_only=True, output_loading_info=True
+            **arguments, **_FILES_ALONE, dtype=dtype, output_loading_info=True
         ),
     )
     check_decoder(model.config)
@@ -89,8 +99,9 @@ def _load_model(path: Path, arguments: dict[str, Any], dtype: torch.dtype) -> Pr
 
 def _load_tokenizer(path: Path, arguments: dict[str, Any], model: PreTrainedModel) -> TokenizerData:
     arguments = {"pretrained_model_name_or_path": path, **arguments}
-    tokenizer = _attempt(path, lambda: AutoTokenizer.from_pretrained(**arguments, local_files_only=True))
-    return tokenizer_data(tokenizer, model)
+    tokenizer = _attempt(path, lambda: AutoTokenizer.from_pretrained(**arguments, **_FILES_ALONE))
+    data: TokenizerData = _attempt(path, lambda: tokenizer_data(tokenizer, model))
+    return data
 
 
 def check_decoder(config: Any) -> None:
@@ -106,7 +117,11 @@ def _attempt(path: Path, load_part: Callable[[], Any]) -> Any:
     try:
         with quiet():
             return load_part()
+    except RotQuantError:
+        raise
     except ImportError as error:
         raise ModelError(f"{path} cannot be loaded: {first_line(error)} ({_REMEDY})") from error
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise ModelError(f"{path} cannot be loaded: {first_line(error)}") from error

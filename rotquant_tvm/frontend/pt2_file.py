@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ WEIGHTS = "data/weights/"
 CONSTANTS = "data/constants/"
 SAMPLES = "data/sample_inputs/model.pt"
 CONFIGS = {WEIGHTS: WEIGHTS + "model_weights_config.json", CONSTANTS: CONSTANTS + "model_constants_config.json"}
+
+_SPARE_ELEMENTS = 1 << 22
+"""What small tensors may be repeated to, by strides of 0."""
 
 _SAVE_AGAIN = "save the program again with torch.export.save"
 _OLD = ("serialized_exported_program.json", "serialized_state_dict.pt", "serialized_state_dict.json")
@@ -67,8 +71,10 @@ def _check_records(path: Path, records: list[zipfile.ZipInfo]) -> None:
 def check_payloads(path: Path, folder: str, config: dict[str, Any], sizes: dict[str, int]) -> None:
     """Check the list of tensors of a folder; ``sizes`` gives the bytes of every record of the archive.
 
-    Raises ModelError for a tensor that is pickled, lies outside of the folder or is larger than its record.
+    Raises ModelError for a tensor that is pickled, lies outside of the folder or is larger than its record, and for
+    tensors that repeat their bytes to far more than the archive has.
     """
+    total, most = 0, _SPARE_ELEMENTS + 4 * sum(sizes.values())
     for name, entry in config["config"].items():
         record, meta = entry["path_name"], entry["tensor_meta"]
         if entry["use_pickle"] or meta is None or not record.startswith(("weight_", "tensor_")) or "/" in record:
@@ -80,6 +86,9 @@ def check_payloads(path: Path, folder: str, config: dict[str, Any], sizes: dict[
         elements = _extent(path, name, meta)
         if elements * 1 > sizes[folder + record]:  # at least one byte each; torch checks the rest
             raise ModelError(f"{path}: {name!r} is larger than the record that holds it")
+        total += math.prod(size["as_int"] for size in meta["sizes"])
+        if total > most:
+            raise ModelError(f"{path}: {name!r} and those before it have more than {most} elements; it is damaged")
 
 
 def _extent(path: Path, name: str, meta: dict[str, Any]) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from rotquant_tvm.errors import ModelError, RotQuantError
+from rotquant_tvm.frontend.error_text import is_panic
 from rotquant_tvm.frontend.imported_model import TokenizerData
 
 _MAX_BYTES = 256 << 20
@@ -27,7 +29,9 @@ def folder_tokenizer(folder: Path) -> TokenizerData | None:
     text = _read(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the package raises plain exceptions
+    except BaseException as error:  # the package raises plain exceptions, and panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise ModelError(f"{path} is no tokenizer: {str(error)[:200]}") from error
     own, names = _json(folder / "tokenizer_config.json"), _json(folder / "special_tokens_map.json")
     tokens = {
@@ -35,7 +39,7 @@ def folder_tokenizer(folder: Path) -> TokenizerData | None:
     }
     template = _template(folder, own)
     eos = _id(tokenizer, tokens["eos_token"])
-    ends = {eos, *_configured_ends(folder), _chat_end(tokenizer, template, tokens)}
+    ends = {eos, *_configured_ends(folder), chat_end(tokenizer, template, tokens)}
     return TokenizerData(
         json=text,
         eos_token_ids=tuple(sorted((end for end in ends if end is not None), key=lambda end: (end != eos, end))),
@@ -78,7 +82,8 @@ def _template(folder: Path, own: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     template = _read(file) if file.is_file() else own.get("chat_template")
     if isinstance(template, list):  # several, by purpose
-        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
+        named = [each for each in template if isinstance(each, dict)]
+        template = next((each.get("template") for each in named if each.get("name") == "default"), None)
     return template if isinstance(template, str) and template else None
 
 
@@ -87,13 +92,21 @@ def _configured_ends(folder: Path) -> set[int]:
     documents += [part for document in documents for part in [document.get("model")] if isinstance(part, dict)]
     ends: set[int] = set()
     for document in documents:
-        eos = document.get("eos_token_id")
-        ends.update(end for end in (eos if isinstance(eos, list) else [eos]) if type(end) is int and end >= 0)
+        ends |= token_ids(document.get("eos_token_id"))
     return ends
 
 
-def _chat_end(tokenizer: tokenizers.Tokenizer, template: str | None, tokens: dict[str, str | None]) -> int | None:
-    """The special token that the chat template puts right behind an assistant's message, or None."""
+def token_ids(entry: Any) -> set[int]:
+    """The ids that an entry of a configuration names, one or a list; what is no id is left out."""
+    named = entry if isinstance(entry, (list, tuple)) else [entry]
+    return {end for end in named if type(end) is int and 0 <= end < 1 << 31}
+
+
+def chat_end(tokenizer: tokenizers.Tokenizer, template: str | None, tokens: Mapping[str, str | None]) -> int | None:
+    """The id of the special token that a chat template puts right behind an assistant's message, or None.
+
+    ``tokens``: the special tokens by the names that templates know them by.
+    """
     from rotquant_tvm.runtime.chat_template import ChatTemplate
 
     if template is None:

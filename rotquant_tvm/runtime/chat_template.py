@@ -11,9 +11,9 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rotquant_tvm.errors import ArtifactError, UsageError
+from rotquant_tvm.runtime.template_sandbox import BoundedSandbox
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -36,7 +36,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedSandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
@@ -45,7 +45,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # Python's own, too: it compiles what Jinja makes of a template
             raise ArtifactError(
                 f"the chat template is not valid Jinja ({error}); compile again with a working template, "
                 "or pass prompts as plain text"
@@ -70,7 +70,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise UsageError(f"the model's chat template refuses these messages: {error}") from error
 
 

@@ -142,6 +142,35 @@ def test_import_refuses_before_transformers_reads(file, tmp_path):
         import_model(part)
 
 
+def _rewritten(path: Path, *, alignment: tuple[int, bytes] | None = None, offset: int | None = None) -> Path:
+    """A small file with an alignment of a type and bytes, and ten tensors of 1 KiB at an offset."""
+    text = b"general.architecture", b"llama", b"general.alignment"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 10 if offset is not None else 0, 1 + (alignment is not None))
+    head += struct.pack("<Q", len(text[0])) + text[0] + struct.pack("<IQ", 8, len(text[1])) + text[1]
+    if alignment is not None:
+        head += struct.pack("<Q", len(text[2])) + text[2] + struct.pack("<I", alignment[0]) + alignment[1]
+    for number in range(10 if offset is not None else 0):
+        head += struct.pack("<Q", 2) + b"t%d" % number + struct.pack("<IQIQ", 1, 256, 0, offset)
+    path.write_bytes(head + bytes(2048))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(6, struct.pack("<f", 0.5)), (6, struct.pack("<f", float("nan"))), (5, struct.pack("<i", -32)), (4, bytes(4)),
+     (8, struct.pack("<Q", 2) + b"32"), (9, struct.pack("<IQI", 4, 1, 32)), (7, b"\1")],
+)  # fmt: skip
+def test_an_alignment_that_is_no_number_of_bytes_is_refused(kind, value, tmp_path):
+    with pytest.raises(ModelError, match="not a number of bytes"):
+        read_summary(_rewritten(tmp_path / "x.gguf", alignment=(kind, value)))
+    assert read_summary(_rewritten(tmp_path / "x.gguf", alignment=(4, struct.pack("<I", 64)))).architecture == "llama"
+
+
+def test_tensors_that_share_their_bytes_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="its tensors have 10240 bytes in all and it has"):
+        read_summary(_rewritten(tmp_path / "x.gguf", offset=0))
+
+
 def test_unsupported_architecture(file, tmp_path):
     other = tmp_path / "other.gguf"
     other.write_bytes(file.read_bytes().replace(b"llama", b"lxama"))

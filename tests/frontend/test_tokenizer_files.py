@@ -55,3 +55,19 @@ def test_damaged_files_are_refused(folder, name, text):
     (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ModelError, match=name):
         folder_tokenizer(folder)
+
+
+def test_templates_and_ids_of_other_kinds_are_left_out(folder):
+    templates = [None, 3, {"name": "default", "template": TEMPLATE}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, -1, True, 10**30, "2", {}]}))
+    data = folder_tokenizer(folder)
+    assert data.chat_template == TEMPLATE and data.eos_token_ids == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ 'x' * 99999999999 }}", "{{ " + "(" * 3000, "{{ 9 ** 9 ** 9 }}"]
+)
+def test_templates_that_fail_in_any_way_are_kept(template, folder):
+    (folder / "chat_template.jinja").write_text(template)
+    assert folder_tokenizer(folder).chat_template == template

@@ -197,6 +197,7 @@ HOSTILE = {
     "damaged containers": (lambda _: _inputs([]), "damaged description of its inputs"),
     "tensor beyond its record": (lambda _: _sizes(10**15), "larger than the record"),
     "stride beyond its record": (lambda _: _sizes(2, 2, strides=[10**9, 1]), "larger than the record"),
+    "a byte repeated": (lambda _: _sizes(1 << 40, 4, strides=[0, 1]), "more than .* elements"),
     "negative size": (lambda _: _sizes(-1, 4), "not a number of 0 or more"),
     "record elsewhere": (
         lambda _: _changed(WEIGHTS_CONFIG, lambda c: _first(c).update(path_name="weight_../../../etc/passwd")),

@@ -1,6 +1,7 @@
 """How the fuzz tests try inputs: so many in an ordinary run, many more with ``-m full``; every input is counted.
 
-``FUZZ_EXAMPLES`` in the environment replaces the number of the long form; the counts are printed at a run's end.
+``FUZZ_EXAMPLES`` in the environment replaces the number of the long form, and ``FUZZ_SHRINK=0`` shows a fault as it was
+found, since smaller forms of a slow one take long to find. The counts are printed at a run's end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ INPUTS: Counter[str] = Counter()
 MEGABYTES, SECONDS = 256, 20
 """What one input may cost at most: growth of the process, and processor time (far above what any needs)."""
 
+PHASES = (Phase.explicit, Phase.generate, Phase.target, Phase.shrink)
 Check = Callable[[Any], None]
 
 
@@ -39,7 +41,7 @@ def fuzz(name: str, strategy: st.SearchStrategy[Any], check: Check, examples: in
         deadline=None,
         database=None,
         derandomize=examples < 1000,
-        phases=(Phase.explicit, Phase.generate, Phase.target, Phase.shrink),
+        phases=PHASES if os.environ.get("FUZZ_SHRINK") != "0" else PHASES[:-1],
         suppress_health_check=list(HealthCheck),
     )
     @given(strategy)

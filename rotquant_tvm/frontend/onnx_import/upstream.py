@@ -13,11 +13,14 @@ from rotquant_tvm.frontend.onnx_import.registry import Converter, OnnxNode, Unsu
 _REFUSED = frozenset({"Attention", "If", "Loop", "Scan", "Constant"})
 """Names under which TVM has something else (com.microsoft's Attention), or that its importer handles elsewhere."""
 
+_OF_SEQUENCES = ("Sequence", "ConcatFromSequence", "SplitToSequence")
+"""How names of operators on lists of tensors begin. Values here are tensors, which TVM would take for endless lists."""
+
 
 def upstream_converter(op_type: str, opset: int) -> Converter | None:
     """TVM's converter of a standard operator as one of ours, or None."""
     converters = onnx_frontend._get_convert_map()
-    if op_type not in converters or op_type in _REFUSED:
+    if op_type not in converters or op_type in _REFUSED or op_type.startswith(_OF_SEQUENCES):
         return None
     function = converters[op_type].get_converter(opset)
 

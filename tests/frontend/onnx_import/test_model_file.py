@@ -183,6 +183,15 @@ def test_a_name_of_another_domain_is_no_standard_operator(refused):
     assert "FastGelu (opset 21): it is not an operator of ONNX" in refused(tiny(node("FastGelu", ["x"], ["y"])))
 
 
+@pytest.mark.parametrize("operator", ["ConcatFromSequence", "SequenceAt", "SequenceLength", "SplitToSequence"])
+def test_operators_on_lists_of_tensors_are_refused(operator, refused):
+    inputs = ["x", "one"] if operator == "SequenceAt" else ["x"]
+    one = numpy_helper.from_array(np.array(1, np.int64), "one")
+    attributes = {"axis": 0} if operator == "ConcatFromSequence" else {}
+    message = refused(tiny(node(operator, inputs, ["y"], **attributes), initializers=[one]))
+    assert f"{operator} (opset 21): there is no converter for it" in message
+
+
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     import sys
 
