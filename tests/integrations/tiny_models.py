@@ -20,6 +20,7 @@ CAPPED = {"sliding_window": 40, "query_pre_attn_scalar": 64, "attn_logit_softcap
 SLIDING = {"layer_types": ["sliding_attention"] * 2}
 KINDS = {
     "llama": lambda: LlamaConfig(**SIZES),
+    "wide": lambda: LlamaConfig(**SIZES | {"head_dim": 64}),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=40),
     "gemma2": lambda: Gemma2Config(**SIZES, **CAPPED),
     "sliding": lambda: Gemma2Config(**SIZES, **CAPPED, **SLIDING),
@@ -28,7 +29,10 @@ KINDS = {
 
 @cache
 def tiny(kind: str = "llama"):
-    """A model; gemma2's layers have a window of 40 and none in turn (``sliding``: all one), and soft-capped scores."""
+    """A model; gemma2's layers have a window of 40 and none in turn (``sliding``: all one), and soft-capped scores.
+
+    A GPU's own kernels take the heads of ``wide``.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(KINDS[kind](), attn_implementation="eager").eval()
     with torch.no_grad():
